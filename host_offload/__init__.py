@@ -1,0 +1,1 @@
+"""Bytes, memory kinds and who computes; knows arrays, not models."""

@@ -1,0 +1,1 @@
+"""Runs Mixture-of-Experts language models that are bigger than the accelerator's memory."""

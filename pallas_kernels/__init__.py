@@ -1,0 +1,1 @@
+"""Operations with several implementations, chosen by name; arrays in, arrays out."""

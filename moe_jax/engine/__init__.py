@@ -1,0 +1,1 @@
+"""Loading and running a model: the public face's machinery."""

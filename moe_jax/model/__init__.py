@@ -1,0 +1,1 @@
+"""The mathematics of the models: weights, layers and the programs that run them."""

@@ -57,7 +57,10 @@ class SharedExpertWeights(nnx.Module):
 
 
 class ExpertBankWeights(nnx.Module):
-    """All routed experts of a layer, for training: [experts, 2 ffn, embed], [experts, embed, ffn]."""
+    """All routed experts of a layer, for training.
+
+    gate_up [experts, 2 ffn, embed], down [experts, embed, ffn].
+    """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs | None = None):
         gate_up, down = config.expert_shapes
@@ -66,7 +69,7 @@ class ExpertBankWeights(nnx.Module):
 
 
 class LayerWeights(nnx.Module):
-    """One transformer layer; `ffn` in a dense layer, `router` (and `shared`) in a layer of experts."""
+    """One transformer layer: `ffn` if it is dense, `router` and perhaps `shared` if it has experts."""
 
     def __init__(
         self,

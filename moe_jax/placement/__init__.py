@@ -1,0 +1,1 @@
+"""Deciding where experts live and run; pure data in, data out."""

@@ -1,0 +1,43 @@
+"""Runs a function on the host CPU inside a device program.
+
+On a GPU the call becomes an asynchronous host execution that independent device work runs beside;
+on the CPU backend it is part of the program like everything else.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import compute_on as _compute_on
+
+# jax 0.10 has the function form as compute_on2; later releases call it compute_on.
+_offload = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
+
+# Outermost jits that contain a host computation are compiled with these: without them XLA:GPU
+# schedules the device work before the host call, not beside it. Ignored on other backends.
+OVERLAP_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def on_host(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns function(*arguments), computed on the host, with the results in device memory.
+
+    Arguments may be device or pinned-host arrays. Inside the function every operand of an
+    operation must be host-typed: convert device arguments first with `as_host`, and make zeros
+    from an argument (`x * 0`), not from nothing.
+    """
+    # A fresh function object per call: with a shared one jax emits the body once, and the GPU
+    # compiler of jax 0.10 and 0.11 aborts when that body contains control flow.
+    fresh = functools.partial(function)
+    call = _offload(fresh, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
+    return call(*arguments)
+
+
+def as_host(tree: Any) -> Any:
+    """Types a tree of arrays as host arrays, inside a function that runs `on_host`."""
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
+def as_device(tree: Any) -> Any:
+    """Copies a tree of host arrays to device memory, inside a device program."""
+    return jax.device_put(tree, jax.memory.Space.Device)

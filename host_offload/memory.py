@@ -1,0 +1,82 @@
+"""The one door between host and device memory.
+
+Knows memory kinds, byte counts and budgets; nothing about models.
+"""
+
+import os
+import re
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+MemoryKind = Literal["device", "pinned_host"]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}iB": 1 << 10 * (i + 1) for i, prefix in enumerate("KMGT")}
+_UNITS |= {f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}
+
+
+def parse_bytes(amount: str | int) -> int:
+    """Reads a number of bytes: an int, or text such as "24GiB", "512 MB" or "1.5 GiB".
+
+    Raises ValueError for anything else, and for amounts that are not positive.
+    """
+    if isinstance(amount, int) and not isinstance(amount, bool):
+        number = amount
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
+        units = {unit.lower(): size for unit, size in _UNITS.items()}
+        if isinstance(amount, bool) or not match or match[2].lower() not in units:
+            raise ValueError(
+                f"a memory size must be a number of bytes or text like '24GiB' or '512MB', "
+                f"got {amount!r}"
+            )
+        number = int(float(match[1]) * units[match[2].lower()])
+    if number <= 0:
+        raise ValueError(f"a memory size must be positive, got {amount!r}")
+    return number
+
+
+def format_bytes(amount: int) -> str:
+    """Writes a number of bytes with a binary unit, such as "1.50 GiB"."""
+    size, unit = float(amount), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def sharding(kind: MemoryKind, device: jax.Device | None = None) -> SingleDeviceSharding:
+    """Where an array goes: the given or first device, in its own memory or pinned on its host."""
+    return SingleDeviceSharding(device or jax.devices()[0], memory_kind=kind)
+
+
+def to_host(tree):
+    """Moves a tree of arrays to pinned host memory."""
+    return jax.device_put(tree, sharding("pinned_host"))
+
+
+def to_device(tree):
+    """Starts moving a tree of arrays to device memory; returns before it arrives."""
+    return jax.device_put(tree, sharding("device"))
+
+
+def zeros(shape: tuple[int, ...], dtype, kind: MemoryKind) -> jax.Array:
+    """An array of zeros in one memory kind."""
+    return jax.device_put(np.zeros(shape, dtype), sharding(kind))
+
+
+def host_memory_bytes() -> int:
+    """The machine's physical memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory_bytes() -> int:
+    """What the first device may allocate; on the CPU backend the machine's physical memory."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return host_memory_bytes()
+    return device.memory_stats()["bytes_limit"]

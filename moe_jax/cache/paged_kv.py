@@ -1,0 +1,83 @@
+"""Keys and values in fixed-size pages, one array pair per layer.
+
+Knows pages and positions; which sequence owns which page is decided outside.
+"""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from host_offload.memory import zeros
+from moe_jax.config import ModelConfig
+
+PAGE_SIZE = 16
+
+
+@no_type_check  # jax rebuilds it with other leaves in the fields
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerKv:
+    """The pages of one layer."""
+
+    keys: Float[Array, "pages page_size kv_heads head_dim"]
+    values: Float[Array, "pages page_size kv_heads head_dim"]
+
+
+def kv_bytes_per_page(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of one page over all layers, keys and values together."""
+    a = config.attention
+    return 2 * config.layers * PAGE_SIZE * a.kv_heads * a.head_dim * itemsize
+
+
+def allocate_kv(config: ModelConfig, pages: int, dtype: jax.typing.DTypeLike) -> list[LayerKv]:
+    """Empty pages for every layer, in device memory."""
+    shape = (pages, PAGE_SIZE, config.attention.kv_heads, config.attention.head_dim)
+    return [
+        LayerKv(zeros(shape, dtype, "device"), zeros(shape, dtype, "device"))
+        for _ in range(config.layers)
+    ]
+
+
+def write_kv(
+    kv: LayerKv,
+    slot: Int[Array, " tokens"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads head_dim"],
+) -> LayerKv:
+    """Stores each token's key and value at its slot (page · page_size + offset).
+
+    Slots past the last page are dropped: that is where padding tokens go.
+    """
+
+    def write(pages, rows):
+        flat = pages.reshape(-1, *pages.shape[2:])
+        return flat.at[slot].set(rows, mode="drop").reshape(pages.shape)
+
+    return LayerKv(write(kv.keys, key), write(kv.values, value))
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages hold this many tokens."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def assign_pages(lengths: list[int], pages: int) -> Int[np.ndarray, "seqs pages_per_seq"]:
+    """Gives each sequence pages of its own for `lengths` tokens; unused entries name no page.
+
+    Raises ValueError if there are too few pages.
+    """
+    needed = [pages_for(length) for length in lengths]
+    if sum(needed) > pages:
+        raise ValueError(
+            f"the sequences need {sum(needed)} KV pages of {PAGE_SIZE} tokens, "
+            f"the cache has {pages}; raise max_tokens="
+        )
+    table = np.full((len(lengths), pages), pages, np.int32)
+    first = 0
+    for row, count in enumerate(needed):
+        table[row, :count] = np.arange(first, first + count)
+        first += count
+    return table

@@ -1,0 +1,111 @@
+"""Loads a checkpoint into an engine."""
+
+import importlib.resources
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from host_offload.memory import device_memory_bytes, host_memory_bytes, parse_bytes
+from moe_jax.cache.paged_kv import PAGE_SIZE
+from moe_jax.checkpoint import open_checkpoint
+from moe_jax.checkpoint.chat import read_chat_template
+from moe_jax.checkpoint.tokenizer import read_tokenizer, stop_tokens
+from moe_jax.engine.arrays import ArrayReceiver
+from moe_jax.engine.costs import MissingExperts, force, measure_costs
+from moe_jax.engine.engine import Engine
+from moe_jax.engine.plan import make_plan
+from moe_jax.engine.runner import Runner
+from moe_jax.engine.sizing import plan_for, read_dtype
+from moe_jax.model.programs import Programs
+from moe_jax.placement.memory_plan import MemoryPlan
+
+_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    device_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    dtype: str = "bfloat16",
+    max_tokens: int = 4096,
+    max_seqs: int = 8,
+    missing_experts: MissingExperts = "auto",
+    progress: bool | None = None,
+) -> Engine:
+    """Loads a model and decides what lives where.
+
+    Args:
+      path: a Hugging Face folder, or one written by `Engine.save`; None: the embedded model.
+      device_memory: bytes, or text like "24GiB", that the model may use on the device; None: what
+        the device reports. On the CPU backend it is a budget that is kept as if for a device.
+      host_memory: the same for experts in pinned host memory; None: the machine's memory.
+      dtype: "bfloat16" or "float32", of weights, activations and KV.
+      max_tokens: the capacity of the KV cache, over all sequences that run together.
+      max_seqs: how many sequences run together at most.
+      missing_experts: how experts that are not on the device run: "auto" lets the planner choose
+        per expert and step, "stream" always copies their weights over, "host" always computes
+        them on the CPU.
+      progress: whether to show bars; None: if standard error is a terminal.
+
+    Raises ValueError for anything that cannot be loaded or does not fit, before weights are read.
+    """
+    weights_dtype = read_dtype(dtype)
+    for name, value in (("max_tokens", max_tokens), ("max_seqs", max_seqs)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    progress = sys.stderr.isatty() if progress is None else progress
+    folder = Path(reference_model_folder() if path is None else path)
+    device_budget = device_memory_bytes() if device_memory is None else parse_bytes(device_memory)
+    host_budget = host_memory_bytes() if host_memory is None else parse_bytes(host_memory)
+
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    tokenizer = read_tokenizer(folder)
+    template = read_chat_template(folder)
+    memory = plan_for(
+        config,
+        device_bytes=device_budget,
+        host_bytes=host_budget,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        max_seqs=max_seqs,
+    )
+    _check_pinned_limit(memory)
+    curves = force(measure_costs(config, weights_dtype), missing_experts)
+    receiver = ArrayReceiver(config, memory, weights_dtype)
+    checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)
+    programs = Programs(config, memory.kv_pages, PAGE_SIZE)
+    runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages)
+    return Engine(
+        runner,
+        make_plan(config, memory, curves, jax.default_backend()),
+        source=folder,
+        tokenizer=tokenizer,
+        template=template,
+        stop_tokens=stop_tokens(folder),
+        max_tokens=max_tokens,
+        max_seqs=max_seqs,
+        progress=progress,
+    )
+
+
+def reference_model_folder() -> Path:
+    """Where the embedded model lies."""
+    return Path(str(importlib.resources.files("moe_jax") / "assets" / "reference_model"))
+
+
+def _check_pinned_limit(memory: MemoryPlan) -> None:
+    """XLA:GPU pins 64 GB at most unless told otherwise before it starts."""
+    if jax.default_backend() != "gpu":
+        return
+    limit = int(os.environ.get(_PINNED_LIMIT, "64")) * 10**9
+    needed = memory.host_experts * memory.expert_bytes
+    if needed > limit:
+        raise ValueError(
+            f"{needed / 1e9:.0f} GB of experts go to pinned host memory, and XLA allows "
+            f"{limit / 1e9:.0f} GB; set the environment variable {_PINNED_LIMIT} to at least "
+            f"{needed // 10**9 + 1} before starting Python"
+        )

@@ -1,0 +1,145 @@
+"""Runs steps: packs sequences' new tokens into buckets and calls the programs layer by layer.
+
+Knows weights, KV pages and programs; not requests, text or sampling.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe_jax.cache.paged_kv import PAGE_SIZE, allocate_kv
+from moe_jax.config import ModelConfig
+from moe_jax.model.layer import Tally
+from moe_jax.model.programs import Programs, ServedLayer
+from moe_jax.model.step import StepInputs
+from moe_jax.placement.curves import CostCurves
+
+PREFILL_BUCKETS = (32, 128, 512)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model in memory, ready to run."""
+
+    config: ModelConfig
+    embedding: Float[Array, "vocab embed"]
+    layers: tuple[ServedLayer, ...]
+    final_norm: Float[Array, " embed"]
+    unembedding: Float[Array, "vocab embed"]
+    curves: CostCurves
+    dtype: jnp.dtype
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What one sequence adds in a step.
+
+    Attributes:
+      tokens: its new token ids.
+      cached: how many of its tokens are in the pages already.
+      length: the total length its rotary frequencies are chosen for.
+      pages: its row of the block table.
+    """
+
+    tokens: Sequence[int]
+    cached: int
+    length: int
+    pages: Int[np.ndarray, " pages_per_seq"]
+
+
+class Runner:
+    """Executes steps of one model over its own KV pages."""
+
+    def __init__(self, model: ServedModel, programs: Programs, pages: int):
+        self.model = model
+        self.programs = programs
+        self.pages = pages
+        self._kv = allocate_kv(model.config, pages, model.dtype)
+        self._tally = Tally.empty()
+
+    def restore_kv(self) -> None:
+        """Allocates anew what an interrupted step donated and did not give back."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv)):
+            self._kv = allocate_kv(self.model.config, self.pages, self.model.dtype)
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._tally)):
+            self._tally = Tally.empty()
+
+    def take_tally(self) -> Tally:
+        """What the layers did since the last call; waits for it."""
+        tally, self._tally = self._tally, Tally.empty()
+        return jax.device_get(tally)
+
+    def decode(self, batch: Sequence[NewTokens], bucket: int) -> Float[Array, "bucket vocab"]:
+        """One new token per sequence; the first len(batch) rows are their logits."""
+        x = self._run(batch, tokens=bucket, seqs=bucket, max_query_length=1)
+        return self._logits(x, np.arange(bucket, dtype=np.int32))
+
+    def prefill(
+        self,
+        new: NewTokens,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> Float[Array, "1 vocab"]:
+        """Adds any number of tokens of one sequence; returns the logits after the last."""
+        chunks = self._chunks(new)
+        x, used = next(chunks)
+        for following in chunks:
+            if on_chunk is not None:
+                on_chunk(used)
+            x, used = following
+        return self._logits(x, np.array([used - 1], np.int32))
+
+    def all_logits(self, new: NewTokens) -> Float[np.ndarray, "tokens vocab"]:
+        """Adds any number of tokens of one sequence; returns the logits after each of them."""
+        parts = []
+        for x, used in self._chunks(new):
+            logits = self._logits(x, np.arange(x.shape[0], dtype=np.int32))
+            parts.append(np.asarray(logits)[:used])
+        return np.concatenate(parts)
+
+    def _chunks(self, new: NewTokens):
+        """Yields the activations of each chunk and how many of its rows are tokens."""
+        for start in range(0, len(new.tokens), PREFILL_BUCKETS[-1]):
+            tokens = new.tokens[start : start + PREFILL_BUCKETS[-1]]
+            bucket = next(size for size in PREFILL_BUCKETS if size >= len(tokens))
+            chunk = NewTokens(tokens, new.cached + start, new.length, new.pages)
+            yield self._run([chunk], bucket, seqs=1, max_query_length=bucket), len(tokens)
+
+    def _run(
+        self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int
+    ) -> Float[Array, "tokens embed"]:
+        model = self.model
+        step = pack_step(batch, tokens, seqs)
+        x, state = self.programs.embed(model.embedding, step)
+        for i, layer in enumerate(model.layers):
+            x, self._kv[i], self._tally = layer.program(
+                layer, self._kv[i], x, state, model.curves, self._tally, max_query_length
+            )
+        return x
+
+    def _logits(self, x, rows):
+        return self.programs.head(self.model.final_norm, self.model.unembedding, x, rows)
+
+
+def pack_step(batch: Sequence[NewTokens], tokens: int, seqs: int) -> StepInputs:
+    """Lays the sequences' new tokens end to end and pads to `tokens` rows and `seqs` sequences."""
+    counts = [len(new.tokens) for new in batch]
+    assert sum(counts) <= tokens and len(batch) <= seqs, (counts, tokens, seqs)
+    flat = np.zeros(tokens, np.int32)
+    flat[: sum(counts)] = np.concatenate([np.asarray(new.tokens, np.int32) for new in batch])
+    starts = np.full(seqs + 1, sum(counts), np.int32)
+    starts[: len(batch) + 1] = np.cumsum([0, *counts])
+    kv_lengths, rope_lengths = np.zeros(seqs, np.int32), np.ones(seqs, np.int32)
+    kv_lengths[: len(batch)] = [new.cached + len(new.tokens) for new in batch]
+    rope_lengths[: len(batch)] = [new.length for new in batch]
+    tables = np.zeros((seqs, batch[0].pages.size), np.int32)
+    tables[: len(batch)] = [new.pages for new in batch]
+    return StepInputs(flat, starts, kv_lengths, rope_lengths, tables)
+
+
+def kv_capacity(pages: int) -> int:
+    """Tokens that fit in this many pages."""
+    return pages * PAGE_SIZE

@@ -1,0 +1,80 @@
+"""Counts and times of everything an engine has done."""
+
+from dataclasses import dataclass, field, replace
+
+from host_offload.memory import format_bytes
+from moe_jax.model.layer import Tally
+from moe_jax.placement.planner import Mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Totals since the engine was loaded.
+
+    Attributes:
+      prompt_tokens, generated_tokens: tokens prefilled and sampled.
+      prefill_seconds, decode_seconds: wall-clock, compilation included.
+      resident, streamed, hosted: expert executions by where the plan put them; one execution is
+        one expert in one layer of one step, for however many tokens.
+      expert_bytes: bytes of one expert.
+      predicted_seconds: what the planner expected the expert parts to take.
+      traces: how often each program was traced, by (name, bucket, ...).
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    resident: int = 0
+    streamed: int = 0
+    hosted: int = 0
+    expert_bytes: int = 0
+    predicted_seconds: float = 0.0
+    traces: dict[tuple, int] = field(default_factory=dict)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second."""
+        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of expert executions that found the expert on the device."""
+        total = self.resident + self.streamed + self.hosted
+        return self.resident / total if total else 0.0
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Expert weights copied from the host to the device."""
+        return self.streamed * self.expert_bytes
+
+    @property
+    def bytes_hosted(self) -> int:
+        """Expert weights read by the host."""
+        return self.hosted * self.expert_bytes
+
+    def with_tally(self, tally: Tally) -> "Stats":
+        """These totals and what the layers report on top."""
+        modes = [int(count) for count in tally.experts_by_mode]
+        return replace(
+            self,
+            resident=self.resident + modes[Mode.RESIDENT],
+            streamed=self.streamed + modes[Mode.STREAM],
+            hosted=self.hosted + modes[Mode.HOST],
+            predicted_seconds=self.predicted_seconds + float(tally.predicted),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prompt_tokens} tokens at {self.prefill_rate:.1f}/s, "
+            f"decode {self.generated_tokens} tokens at {self.decode_rate:.1f}/s | experts: "
+            f"{self.resident} resident ({self.hit_rate:.0%}), {self.streamed} streamed, "
+            f"{self.hosted} on host | moved {format_bytes(self.bytes_streamed)} to the device, "
+            f"read {format_bytes(self.bytes_hosted)} on the host"
+        )

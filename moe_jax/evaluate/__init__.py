@@ -1,0 +1,1 @@
+"""How good a model is: text it has not seen, and what is measured on it."""

@@ -1,0 +1,56 @@
+"""From hidden states to rotated queries, keys and values, and back; not the attention itself.
+
+The product of queries with keys is `pallas_kernels.paged_attention` when serving and a plain
+causal form when training.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.config import ModelConfig
+from moe_jax.model.ops import linear, rms_norm
+from moe_jax.model.rope import rotate
+from moe_jax.model.weights import AttentionWeights
+
+
+def project_qkv(
+    weights: AttentionWeights,
+    x: Float[Array, "tokens embed"],
+    cos: Float[Array, "tokens half"],
+    sin: Float[Array, "tokens half"],
+    config: ModelConfig,
+) -> tuple[
+    Float[Array, "tokens heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+    Float[Array, "tokens kv_heads head_dim"],
+]:
+    """Projects, normalises, clamps and rotates, in this order; values are only clamped."""
+    a = config.attention
+    tokens = x.shape[0]
+    bias = None if weights.qkv_bias is None else weights.qkv_bias[...]
+    qkv = linear(weights.qkv[...], x, bias)
+    query, key, value = jnp.split(
+        qkv, [a.heads * a.head_dim, (a.heads + a.kv_heads) * a.head_dim], axis=1
+    )
+    if a.qk_norm == "full":
+        query = rms_norm(query, weights.query_norm[...], config.norm_epsilon)
+        key = rms_norm(key, weights.key_norm[...], config.norm_epsilon)
+    query = query.reshape(tokens, a.heads, a.head_dim)
+    key = key.reshape(tokens, a.kv_heads, a.head_dim)
+    value = value.reshape(tokens, a.kv_heads, a.head_dim)
+    if a.qk_norm == "head":
+        query = rms_norm(query, weights.query_norm[...], config.norm_epsilon)
+        key = rms_norm(key, weights.key_norm[...], config.norm_epsilon)
+    if a.clip_qkv is not None:
+        query, key, value = (
+            jnp.clip(part, -a.clip_qkv, a.clip_qkv) for part in (query, key, value)
+        )
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def project_output(
+    weights: AttentionWeights, x: Float[Array, "tokens heads head_dim"]
+) -> Float[Array, "tokens embed"]:
+    """Projects the heads' outputs back to the width of the model."""
+    bias = None if weights.output_bias is None else weights.output_bias[...]
+    return linear(weights.output[...], x.reshape(x.shape[0], -1), bias)

@@ -1,0 +1,114 @@
+"""One layer of the served model: attention over pages, then experts wherever they are."""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.cache.paged_kv import LayerKv, write_kv
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import project_output, project_qkv
+from moe_jax.model.dispatch import combine, dispatch, gather_blocks
+from moe_jax.model.experts import LayerExperts, run_experts
+from moe_jax.model.ops import gated_ffn, linear, rms_norm
+from moe_jax.model.router import route
+from moe_jax.model.step import StepState
+from moe_jax.model.weights import LayerWeights, SharedExpertWeights
+from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.planner import Mode, plan_layer
+from pallas_kernels.paged_attention import paged_attention
+
+
+@no_type_check  # jax rebuilds it with other leaves in the fields
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tally:
+    """What layers did, summed over calls.
+
+    Attributes:
+      experts_by_mode: expert executions, indexed by `Mode`.
+      predicted: seconds the planner expected the expert parts to take.
+    """
+
+    experts_by_mode: Int[Array, " modes"]
+    predicted: Float[Array, ""]
+
+    @classmethod
+    def empty(cls) -> "Tally":
+        """Nothing done yet."""
+        return cls(jnp.zeros(len(Mode), jnp.int32), jnp.zeros((), jnp.float32))
+
+
+def run_layer(
+    weights: LayerWeights,
+    experts: LayerExperts | None,
+    kv: LayerKv,
+    x: Float[Array, "tokens embed"],
+    step: StepState,
+    curves: CostCurves,
+    tally: Tally,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    max_query_length: int,
+) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
+    """Runs one layer on one step's tokens; `experts` is None in a dense layer."""
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights.attention_norm[...], config.norm_epsilon)
+        query, key, value = project_qkv(weights.attention, normed, step.cos, step.sin, config)
+        kv = write_kv(kv, step.slot, key, value)
+        attended = paged_attention(
+            query,
+            kv.keys,
+            kv.values,
+            step.block_tables,
+            step.query_starts,
+            step.kv_lengths,
+            scale=config.attention.head_dim**-0.5,
+            max_query_length=max_query_length,
+            sliding_window=window,
+        )
+        x = x + project_output(weights.attention, attended)
+    normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
+    if experts is None:
+        with jax.named_scope("dense_ffn"):
+            ffn = weights.ffn
+            y = gated_ffn(ffn.gate_up[...], ffn.down[...], normed, config.activation)
+            return x + y, kv, tally
+    with jax.named_scope("experts"):
+        y, tally = mix_experts(weights, experts, normed, step, curves, tally, config)
+    return x + y, kv, tally
+
+
+def mix_experts(
+    weights: LayerWeights,
+    experts: LayerExperts,
+    x: Float[Array, "tokens embed"],
+    step: StepState,
+    curves: CostCurves,
+    tally: Tally,
+    config: ModelConfig,
+) -> tuple[Float[Array, "tokens embed"], Tally]:
+    """Routes, plans and computes the mixture, with the shared expert where there is one."""
+    gates, chosen, _ = route(weights.router[...], x, config.moe)
+    where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts)
+    resident = jnp.arange(config.moe.num_experts) < experts.slots
+    plan = plan_layer(where.counts, resident, curves)
+    blocks = gather_blocks(x, where)
+    blocks = run_experts(experts, blocks, where, plan.mode, config.activation)
+    y = combine(blocks, gates, where)
+    if weights.shared is not None:
+        y = y + shared_expert(weights.shared, x, config)
+    by_mode = jnp.bincount(plan.mode, length=len(Mode)).astype(jnp.int32)
+    tally = Tally(tally.experts_by_mode + by_mode, tally.predicted + plan.predicted)
+    return y, tally
+
+
+def shared_expert(
+    weights: SharedExpertWeights, x: Float[Array, "tokens embed"], config: ModelConfig
+) -> Float[Array, "tokens embed"]:
+    """The expert of every token, scaled by the sigmoid of its gate."""
+    y = gated_ffn(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
+    return jax.nn.sigmoid(linear(weights.gate[...], x)) * y

@@ -1,0 +1,261 @@
+"""Paged attention from XLA operations: the cost follows the true lengths, the shapes never do.
+
+Knows no backend: the forms were chosen where XLA is weakest, on the CPU, and are sound elsewhere.
+
+Keys are read block by block with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; the
+blockwise form is FlashAttention's, arXiv 2205.14135) in loops whose trip counts are traced. Two
+ways to lay out the queries share that loop:
+
+    few queries per sequence (decode)     every sequence at once, [seqs, kv_heads, rows, head_dim]
+    many (prefill)                        one work item per block of queries of one sequence
+
+In both, matrices are head-major and contiguous, and batched over kv_heads: a product over
+token-major arrays is several times slower on XLA:CPU.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Up to this many queries per sequence all sequences are computed at once, padded to the longest.
+_FEW_QUERIES = 8
+# Key positions per block. Small blocks cost loop overhead, large ones work past the end of the
+# context (decode) and above the diagonal (prefill).
+_DECODE_KEYS = 512
+_PREFILL_KEYS = 128
+_PREFILL_QUERIES = 128
+# Start of the running maximum: below every real score, and finite, so that differences of two of
+# them are 0 and not NaN.
+_LOWEST = -1e30
+
+
+class _Cache(NamedTuple):
+    """Where keys and values lie, and how they are scored."""
+
+    key_pages: Float[Array, "pages page_size kv_heads head_dim"]
+    value_pages: Float[Array, "pages page_size kv_heads head_dim"]
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+
+
+def paged_attention_xla(
+    query: Float[Array, "tokens heads head_dim"],
+    key_pages: Float[Array, "pages page_size kv_heads head_dim"],
+    value_pages: Float[Array, "pages page_size kv_heads head_dim"],
+    block_tables: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs+1"],
+    kv_lengths: Int[Array, " seqs"],
+    sinks: Float[Array, " heads"] | None,
+    *,
+    scale: float,
+    max_query_length: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
+    """Attends blockwise; arguments and result are those of `paged_attention_reference`."""
+    cache = _Cache(key_pages, value_pages, scale, sliding_window, soft_cap)
+    form = _few_queries if max_query_length <= _FEW_QUERIES else _many_queries
+    return form(
+        query,
+        cache,
+        block_tables.astype(jnp.int32),
+        query_starts.astype(jnp.int32),
+        kv_lengths.astype(jnp.int32),
+        sinks,
+        max_query_length,
+    )
+
+
+def _few_queries(
+    query: Float[Array, "tokens heads head_dim"],
+    cache: _Cache,
+    block_tables: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs+1"],
+    kv_lengths: Int[Array, " seqs"],
+    sinks: Float[Array, " heads"] | None,
+    max_query_length: int,
+) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
+    """Computes all sequences at once, each padded to max_query_length queries."""
+    tokens = query.shape[0]
+    # A product with a single row converts the whole other operand to float32 on XLA:CPU.
+    single_row = query.shape[1] == cache.key_pages.shape[2] and max_query_length == 1
+    queries = 2 if single_row else max_query_length
+
+    lane = jnp.arange(queries, dtype=jnp.int32)
+    token = query_starts[:-1, None] + lane[None, :]
+    real = token < query_starts[1:, None]
+    position = kv_lengths[:, None] - query_starts[1:, None] + token
+    padded = query.at[token].get(mode="fill", fill_value=0)
+    output, log_sum_exp = _attend(
+        padded, position, real, block_tables, kv_lengths, sinks, cache, _DECODE_KEYS
+    )
+    target = jnp.where(real, token, tokens)
+    return (
+        jnp.zeros_like(query).at[target].set(output.astype(query.dtype), mode="drop"),
+        jnp.full(query.shape[:2], -jnp.inf).at[target].set(log_sum_exp, mode="drop"),
+    )
+
+
+def _many_queries(
+    query: Float[Array, "tokens heads head_dim"],
+    cache: _Cache,
+    block_tables: Int[Array, "seqs pages_per_seq"],
+    query_starts: Int[Array, " seqs+1"],
+    kv_lengths: Int[Array, " seqs"],
+    sinks: Float[Array, " heads"] | None,
+    max_query_length: int,
+) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
+    """Computes one block of one sequence's queries after another; padding costs nothing."""
+    tokens, heads, head_dim = query.shape
+    size = min(max_query_length, _PREFILL_QUERIES)
+    blocks = -(-jnp.diff(query_starts) // size)
+    ends = jnp.cumsum(blocks)
+    query = jnp.pad(query, ((0, size), (0, 0), (0, 0)))
+    lane = jnp.arange(size, dtype=jnp.int32)
+
+    def work(item: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        output, log_sum_exp = results
+        seq = jnp.sum(ends <= item)
+        start = query_starts[seq] + (item - ends[seq] + blocks[seq]) * size
+        token = start + lane
+        real = token < query_starts[seq + 1]
+        position = kv_lengths[seq] - query_starts[seq + 1] + token
+        block_output, block_log_sum_exp = _attend(
+            jax.lax.dynamic_slice_in_dim(query, start, size)[None],
+            position[None],
+            real[None],
+            block_tables[seq][None],
+            kv_lengths[seq][None],
+            sinks,
+            cache,
+            _PREFILL_KEYS,
+        )
+        # Rows past the sequence's end are overwritten: items come in the order of their rows.
+        return (
+            jax.lax.dynamic_update_slice_in_dim(output, block_output[0], start, 0),
+            jax.lax.dynamic_update_slice_in_dim(log_sum_exp, block_log_sum_exp[0], start, 0),
+        )
+
+    zero = jnp.zeros((tokens + size, heads, head_dim), query.dtype)
+    unseen = jnp.full((tokens + size, heads), -jnp.inf)
+    output, log_sum_exp = jax.lax.fori_loop(0, ends[-1], work, (zero, unseen))
+    return output[:tokens], log_sum_exp[:tokens]
+
+
+def _attend(
+    query: Float[Array, "seqs queries heads head_dim"],
+    position: Int[Array, "seqs queries"],
+    real: Bool[Array, "seqs queries"],
+    block_tables: Int[Array, "seqs pages_per_seq"],
+    kv_lengths: Int[Array, " seqs"],
+    sinks: Float[Array, " heads"] | None,
+    cache: _Cache,
+    block_keys: int,
+) -> tuple[Float[Array, "seqs queries heads head_dim"], Float[Array, "seqs queries heads"]]:
+    """Attends from `queries` tokens of every sequence, those that are real, to its keys.
+
+    Each sequence starts at its own first block with a visible key; the loop runs as often as the
+    sequence with most blocks needs.
+    """
+    seqs, queries, heads, head_dim = query.shape
+    page_size, kv_heads = cache.key_pages.shape[1:3]
+    pages_per_block = min(max(block_keys // page_size, 1), block_tables.shape[1])
+    size = pages_per_block * page_size
+    group = heads // kv_heads
+    rows = group * queries
+
+    # Keys that some real query sees lie in [low, high).
+    high = jnp.minimum(jnp.max(jnp.where(real, position, -1), axis=1) + 1, kv_lengths)
+    low = jnp.zeros_like(high)
+    if cache.sliding_window is not None:
+        first = jnp.min(jnp.where(real, position, jnp.iinfo(jnp.int32).max), axis=1)
+        low = jnp.maximum(first - cache.sliding_window + 1, 0)
+    first_block = low // size
+    block_count = jnp.max(-(-high // size) - first_block)
+
+    by_head = query.reshape(seqs, queries, kv_heads, group, head_dim)
+    by_head = by_head.transpose(0, 2, 3, 1, 4).reshape(seqs, kv_heads, rows, head_dim)
+    row_position = jnp.where(real, position, -1)
+
+    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        running, total, weighted = carry
+        index = first_block + block
+        page = index[:, None] * pages_per_block + jnp.arange(pages_per_block)[None, :]
+        table = jnp.take_along_axis(block_tables, page, axis=1, mode="clip")
+        key_position = index[:, None] * size + jnp.arange(size)[None, :]
+        live = (key_position >= low[:, None]) & (key_position < high[:, None])
+        # 0 times NaN is NaN, so what nobody sees leaves the values and not only the scores.
+        key_pages, value_pages, table = jax.lax.optimization_barrier(
+            (cache.key_pages, cache.value_pages, table)
+        )
+        keys = _read(key_pages, table, live)
+        values = _read(value_pages, table, live)
+
+        seen = live[:, None, :] & (key_position[:, None, :] <= row_position[:, :, None])
+        if cache.sliding_window is not None:
+            seen &= key_position[:, None, :] > row_position[:, :, None] - cache.sliding_window
+        scores = _batched_dot(by_head, keys, 3) * cache.scale
+        if cache.soft_cap is not None:
+            scores = cache.soft_cap * jnp.tanh(scores / cache.soft_cap)
+        scores = scores.reshape(seqs, kv_heads, group, queries, size)
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        scores = scores.reshape(seqs, kv_heads, rows, size)
+
+        highest = jnp.maximum(running, scores.max(axis=-1))
+        weights = jnp.exp(scores - highest[..., None])
+        rescale = jnp.exp(running - highest)
+        new = _batched_dot(weights.astype(values.dtype), values, 2)
+        total = total * rescale + weights.sum(axis=-1)
+        return highest, total, weighted * rescale[..., None] + new
+
+    if sinks is None:
+        running = jnp.full((seqs, kv_heads, rows), _LOWEST)
+        total = jnp.zeros((seqs, kv_heads, rows))
+    else:
+        # A sink is a score whose value is 0: it starts the maximum and the sum.
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1)
+        sink = jnp.broadcast_to(sink, (seqs, kv_heads, group, queries))
+        running = sink.reshape(seqs, kv_heads, rows)
+        total = jnp.ones((seqs, kv_heads, rows))
+    weighted = jnp.zeros((seqs, kv_heads, rows, head_dim))
+    running, total, weighted = jax.lax.fori_loop(0, block_count, step, (running, total, weighted))
+
+    attended = weighted / total[..., None]
+    by_token = attended.reshape(seqs, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
+    log_sum_exp = (running + jnp.log(total)).reshape(seqs, kv_heads, group, queries)
+    log_sum_exp = log_sum_exp.transpose(0, 3, 1, 2).reshape(seqs, queries, heads)
+    sees = (row_position >= 0)[:, :, None]
+    by_token = by_token.reshape(seqs, queries, heads, head_dim)
+    return (
+        jnp.where(sees[..., None], by_token, 0).astype(query.dtype),
+        jnp.where(sees, log_sum_exp, -jnp.inf),
+    )
+
+
+def _read(
+    pages: Float[Array, "pages page_size kv_heads head_dim"],
+    table: Int[Array, "seqs pages_per_block"],
+    live: Bool[Array, "seqs positions"],
+) -> Float[Array, "seqs kv_heads positions head_dim"]:
+    """Lays pages end to end, head-major, with 0 where no key is live.
+
+    Ids that name no page read some page; its positions are not live.
+    """
+    seqs, pages_per_block = table.shape
+    _, page_size, kv_heads, head_dim = pages.shape
+    block = pages.at[table].get(mode="clip")
+    block = block.reshape(seqs, pages_per_block * page_size, kv_heads, head_dim)
+    return jnp.where(live[:, None, :, None], block.transpose(0, 2, 1, 3), 0)
+
+
+def _batched_dot(
+    left: Float[Array, "seqs kv_heads rows inner"],
+    right: Float[Array, "seqs kv_heads _ _"],
+    contract: int,
+) -> Float[Array, "seqs kv_heads rows _"]:
+    """Multiplies over the last axis of left and axis `contract` of right, with float32 sums."""
+    dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)

@@ -1,0 +1,319 @@
+"""Trains the reference model on the standard library's source, or measures a trained one.
+
+    python scripts/train_reference.py --out FOLDER --minutes 8
+    python scripts/train_reference.py --evaluate moe_jax/assets/reference_model
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, token_nats
+from moe_jax.evaluate.corpus import Document, pack_library, read_library, split_documents
+from moe_jax.model.weights import ModelWeights
+from moe_jax.training.batches import batches, leading_whitespace_splits
+from moe_jax.training.curve import draw_curve
+from moe_jax.training.export import export
+from moe_jax.training.forward import AttentionKernel, cast, forward
+from moe_jax.training.restore import restore
+from moe_jax.training.step import (
+    Metrics,
+    State,
+    TrainingConfig,
+    initial_weights,
+    learning_rate,
+    make_step,
+)
+from moe_jax.training.tokenizer import END_OF_TEXT, train_tokenizer
+
+PROMPTS = (
+    "def fibonacci(n):",
+    "def read_lines(path, encoding=None):\n    ",
+    "class Stack:\n    def __init__(self):\n",
+    "import os\nimport sys\n\ndef main(",
+    "def ",
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=pathlib.Path, help="train, and write the model here")
+    what.add_argument("--evaluate", type=pathlib.Path, help="measure the model in this folder")
+    what.add_argument("--pack", type=pathlib.Path, help="write --corpus folders as one archive")
+    what.add_argument("--curve", type=pathlib.Path, help="draw --log as a picture")
+    add = parser.add_argument
+    add("--log", type=pathlib.Path, help="the training.jsonl that --curve draws")
+    add("--corpus", type=pathlib.Path, nargs="*", help="library folders or a packed archive")
+    add("--minutes", type=float, default=8, help="wall-clock time for everything")
+    add("--max-epochs", type=float, default=40, help="stop after so many passes over the text")
+    add("--every", type=int, default=1, help="evaluate every n-th held-out file only")
+    add("--seqs", type=int, default=16, help="sequences in a batch")
+    add("--positions", type=int, default=2048, help="tokens in a sequence")
+    add("--peak", type=float, default=3e-3, help="highest learning rate")
+    add("--weight-decay", type=float, default=0.4, help="AdamW decay of matrices")
+    add("--dropout", type=float, default=0.1, help="part of each block's outputs set to zero")
+    add("--balance", type=float, default=0.02, help="weight of the load-balancing loss")
+    add("--split", type=float, default=0.02, help="part of tokens whose whitespace is split off")
+    add("--seed", type=int, default=0, help="weights, order of documents, dropout")
+    add("--attention", choices=["auto", "plain", "cudnn"], default="auto", help="its kernel")
+    add("--vocab", type=int, default=4096, help="entries of the tokenizer")
+    add("--embed", type=int, default=256, help="width of the model")
+    add("--layers", type=int, default=8, help="number of layers")
+    add("--heads", type=int, default=4, help="query heads")
+    add("--kv-heads", type=int, default=2, help="key and value heads")
+    add("--head-dim", type=int, default=64, help="width of a head")
+    add("--experts", type=int, default=8, help="experts in every layer, two per token")
+    add("--ffn", type=int, default=192, help="hidden width of an expert")
+    return parser.parse_args()
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        family="qwen3_moe",
+        vocab=args.vocab,
+        embed=args.embed,
+        dense_ffn=4 * args.embed,
+        attention=AttentionConfig(
+            heads=args.heads, kv_heads=args.kv_heads, head_dim=args.head_dim, qk_norm="head"
+        ),
+        moe=MoEConfig(num_experts=args.experts, experts_per_token=2, ffn=args.ffn),
+        rope=RopeConfig(),
+        moe_layers=(True,) * args.layers,
+        windows=(None,) * args.layers,
+        max_positions=args.positions,
+        tied_embeddings=True,
+    )
+
+
+def make_score(config: ModelConfig, kernel: AttentionKernel) -> Callable[..., tuple]:
+    """A jitted function from weights, inputs and targets to nats and the experts' shares."""
+
+    @nnx.jit
+    def score(weights: ModelWeights, inputs: jax.Array, targets: jax.Array) -> tuple:
+        outputs = forward(weights, config, inputs, dtype=jnp.bfloat16, kernel=kernel)
+        return token_nats(outputs.logits, targets), outputs.shares
+
+    return score
+
+
+def bits_per_byte(
+    weights: ModelWeights,
+    score: Callable[..., tuple],
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    seqs: int,
+) -> tuple[float, np.ndarray]:
+    """Bits per byte of the documents, and the experts' shares [layers, experts] over them."""
+    shares = []
+
+    def nats(inputs: np.ndarray, targets: np.ndarray) -> jax.Array:
+        scored, share = score(weights, inputs, targets)
+        shares.append(share)
+        return scored
+
+    result = compress_with_model(
+        nats,
+        documents,
+        lambda text: tokenizer.encode(text).ids,
+        end_of_text=tokenizer.token_to_id(END_OF_TEXT),
+        context=config.max_positions,
+        seqs=seqs,
+    )
+    return result.bits_per_byte, np.mean(jax.device_get(shares), axis=0)
+
+
+def choose_kernel(args: argparse.Namespace, config: ModelConfig) -> AttentionKernel:
+    """cuDNN's attention where this machine can compile it, and says so."""
+    if args.attention != "auto":
+        return args.attention
+    if jax.default_backend() != "gpu":
+        return "plain"
+    a = config.attention
+    query = jnp.zeros((1, args.positions, a.heads, a.head_dim), jnp.bfloat16)
+    key = jnp.zeros((1, args.positions, a.kv_heads, a.head_dim), jnp.bfloat16)
+
+    def attend(query: jax.Array, key: jax.Array) -> jax.Array:
+        mixed = jax.nn.dot_product_attention(
+            query, key, key, is_causal=True, implementation="cudnn"
+        )
+        return mixed.astype(jnp.float32).sum()
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(attend, argnums=(0, 1)))(query, key))
+    except (RuntimeError, ValueError, NotImplementedError) as problem:
+        print(f"no cuDNN attention here, using the plain one: {problem}", flush=True)
+        return "plain"
+    return "cudnn"
+
+
+def train(args: argparse.Namespace) -> None:
+    began = time.monotonic()
+    minutes = lambda: (time.monotonic() - began) / 60
+    config = model_config(args)
+    training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
+    sample = held_out[::8]
+    tokenizer = train_tokenizer([d.text for d in training], args.vocab)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch_fast([d.text for d in training])
+    documents = [np.asarray([*e.ids, end], np.int32) for e in encoded]
+    epoch_tokens = sum(d.size for d in documents)
+    size = sum(d.size for d in training)
+    print(
+        f"{len(training)} files, {size} bytes, {epoch_tokens} tokens for training; "
+        f"{len(held_out)} files, {sum(d.size for d in held_out)} bytes held out; "
+        f"{minutes():.2f} minutes so far",
+        flush=True,
+    )
+    kernel = choose_kernel(args, config)
+    settings = TrainingConfig(
+        dropout=args.dropout,
+        balance=args.balance,
+        weight_decay=args.weight_decay,
+        kernel=kernel,
+    )
+    weights = initial_weights(config, args.seed)
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(weights)))
+    state, step, weights_of = make_step(config, settings, weights)
+    score = make_score(config, kernel)
+    print(f"{count} parameters on {jax.devices()[0]}, {kernel} attention", flush=True)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = (args.out / "training.jsonl").open("w")
+    header = {"settings": dataclasses.asdict(settings), "model": dataclasses.asdict(config)}
+    header |= {"arguments": vars(args), "parameters": count, "epoch_tokens": epoch_tokens}
+    header |= {"device": str(jax.devices()[0].device_kind), "training_bytes": size}
+    log.write(json.dumps(header, default=str) + "\n")
+
+    def report(state: State, steps: int, window: list[Metrics], measure: bool) -> None:
+        nats = float(np.mean([m.nats for m in window]))
+        if not math.isfinite(nats):
+            raise FloatingPointError(f"the loss is {nats} after {steps} steps; lower --peak")
+        shares = np.mean([m.shares for m in window], axis=0) * config.moe.num_experts
+        line = {
+            "step": steps,
+            "minutes": round(minutes(), 3),
+            "epochs": round(steps * args.seqs * args.positions / epoch_tokens, 3),
+            "loss": round(nats, 4),
+            "training_bits_per_byte": round(nats * epoch_tokens / size / math.log(2), 4),
+            "least_share": round(float(shares.min()), 3),
+            "most_share": round(float(shares.max()), 3),
+        }
+        if measure:
+            bits, _ = bits_per_byte(
+                weights_of(state), score, sample, tokenizer, config, args.seqs
+            )
+            line["held_out_bits_per_byte"] = round(bits, 4)
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        print(json.dumps(line), flush=True)
+
+    rows = batches(
+        documents,
+        seqs=args.seqs,
+        length=args.positions + 1,
+        pairs=leading_whitespace_splits(tokenizer.get_vocab()),
+        part=args.split,
+        seed=args.seed,
+    )
+    key = jax.random.key(args.seed)
+    max_steps = args.max_epochs * epoch_tokens / (args.seqs * args.positions)
+    # The first step compiles; the end needs time for a last measurement and the export.
+    state, first = step(state, next(rows), jnp.float32(0), key)
+    report(state, 0, [jax.device_get(first)], measure=True)
+    start, reserve = minutes(), 0.03 * args.minutes + 0.1
+    print(f"training starts at {start:.2f} minutes", flush=True)
+    steps, window, reported, saved = 0, [], start, start
+    while True:
+        progress = max((minutes() - start) / (args.minutes - reserve - start), steps / max_steps)
+        if progress >= 1:
+            break
+        rate = jnp.float32(learning_rate(progress, args.peak))
+        state, metrics = step(state, next(rows), rate, key)
+        window.append(metrics)
+        steps += 1
+        if steps % 4 == 0:
+            jax.block_until_ready(metrics)
+        if minutes() - reported > args.minutes / 40:
+            window = jax.device_get(window)
+            report(state, steps, window, measure=minutes() - saved > args.minutes / 10)
+            window, reported = [], minutes()
+            if reported - saved > args.minutes / 10:
+                saved = reported
+                export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+    export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+    report(state, steps, jax.device_get(window or [metrics]), measure=True)
+    log.close()
+    print(f"done after {minutes():.2f} minutes and {steps} steps", flush=True)
+
+
+def continuation(
+    weights: ModelWeights, config: ModelConfig, tokenizer: Tokenizer, prompt: str, tokens: int
+) -> str:
+    """The most probable continuation of a prompt, without a cache."""
+    ids = tokenizer.encode(prompt).ids
+    context = len(ids) + tokens
+
+    @nnx.jit
+    def following(weights: ModelWeights, row: jax.Array, last: jax.Array) -> jax.Array:
+        logits = forward(weights, config, row[None], dtype=jnp.bfloat16).logits
+        return logits[0, last].argmax()
+
+    row = np.full(context, tokenizer.token_to_id(END_OF_TEXT), np.int32)
+    row[: len(ids)] = ids
+    for place in range(len(ids), context):
+        row[place] = following(weights, row, jnp.int32(place - 1))
+        if row[place] == tokenizer.token_to_id(END_OF_TEXT):
+            break
+    return tokenizer.decode(row[: place + 1].tolist(), skip_special_tokens=True)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    weights, config = restore(args.evaluate)
+    weights = cast(weights, jnp.bfloat16)
+    tokenizer = Tokenizer.from_file(str(args.evaluate / "tokenizer.json"))
+    _, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
+    held_out = held_out[:: args.every]
+    size = sum(d.size for d in held_out)
+    print(f"{len(held_out)} held-out files, {size} bytes")
+    for name, solid in (("xz -9e, each file alone", False), ("xz -9e, all files as one", True)):
+        print(f"{name:28}{compress_with_xz(held_out, solid=solid).bits_per_byte:8.4f} bits/byte")
+    score = make_score(config, choose_kernel(args, config))
+    bits, shares = bits_per_byte(weights, score, held_out, tokenizer, config, min(args.seqs, 4))
+    print(f"{'the model':28}{bits:8.4f} bits/byte")
+    fair = shares * config.moe.num_experts
+    for layer, row in enumerate(fair):
+        print(f"layer {layer}: experts' use over fair share {row.min():.2f} to {row.max():.2f}")
+    for prompt in PROMPTS:
+        print("-" * 80)
+        print(continuation(weights, config, tokenizer, prompt, 64))
+
+
+def main() -> None:
+    args = parse()
+    if args.pack:
+        print(f"{pack_library(args.corpus, args.pack)} bytes written to {args.pack}")
+    elif args.curve:
+        draw_curve(args.log, args.curve)
+    elif args.evaluate:
+        evaluate(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
