@@ -26,9 +26,10 @@ def parse_bytes(amount: str | int) -> int:
     if isinstance(amount, int) and not isinstance(amount, bool):
         number = amount
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount))
+        text = amount if isinstance(amount, str) else ""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
         units = {unit.lower(): size for unit, size in _UNITS.items()}
-        if isinstance(amount, bool) or not match or match[2].lower() not in units:
+        if not match or match[2].lower() not in units:
             raise ValueError(
                 f"a memory size must be a number of bytes or text like '24GiB' or '512MB', "
                 f"got {amount!r}"

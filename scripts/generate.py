@@ -20,7 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", default=PROMPT, help="text to continue (default: a Python function)")
     add("--model", metavar="FOLDER", help="Hugging Face or saved folder (default: embedded model)")
-    add("--device-memory", metavar="SIZE", help='device budget such as "24GiB" (default: see above)')
+    add(
+        "--device-memory", metavar="SIZE", help='device budget such as "24GiB" (default: see above)'
+    )
     add("--host-memory", metavar="SIZE", help="budget for experts in host memory (default: all)")
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (default: bfloat16)")
     add("--capacity", type=int, default=4096, metavar="N", help="KV cache, in tokens (4096)")

@@ -1,7 +1,7 @@
 """Trains the reference model on the standard library's source, or measures a trained one.
 
-    python scripts/train_reference.py --out FOLDER --minutes 8
-    python scripts/train_reference.py --evaluate moe_jax/assets/reference_model
+python scripts/train_reference.py --out FOLDER --minutes 8
+python scripts/train_reference.py --evaluate moe_jax/assets/reference_model
 """
 
 import argparse
@@ -214,9 +214,7 @@ def train(args: argparse.Namespace) -> None:
             "most_share": round(float(shares.max()), 3),
         }
         if measure:
-            bits, _ = bits_per_byte(
-                weights_of(state), score, sample, tokenizer, config, args.seqs
-            )
+            bits, _ = bits_per_byte(weights_of(state), score, sample, tokenizer, config, args.seqs)
             line["held_out_bits_per_byte"] = round(bits, 4)
         log.write(json.dumps(line) + "\n")
         log.flush()

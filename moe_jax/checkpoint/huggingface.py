@@ -75,7 +75,9 @@ def open_hugging_face(folder: Path) -> HuggingFaceCheckpoint:
     """
     raw_config = read_json_object(folder / "config.json")
     config = read_config(raw_config)
-    fills = plan_fills(_tensors(folder), tensor_rules(config.family, config.tied_embeddings), config, str(folder))
+    fills = plan_fills(
+        _tensors(folder), tensor_rules(config.family, config.tied_embeddings), config, str(folder)
+    )
     return HuggingFaceCheckpoint(folder=folder, raw_config=raw_config, config=config, fills=fills)
 
 

@@ -119,7 +119,7 @@ def _counts(value: object) -> bool:
 
 def _size_and_checksum(file: Path) -> tuple[int, int]:
     """Bytes and CRC-32 of one file."""
-    buffer = memoryview(np.empty(1 << 22, np.uint8))
+    buffer = np.empty(1 << 22, np.uint8).data
     size = checksum = 0
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):

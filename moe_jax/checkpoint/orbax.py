@@ -13,8 +13,10 @@ thousand arrays reads its whole catalogue for every group of arrays restored fro
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from moe_jax.checkpoint.accounting import listing
+from moe_jax.checkpoint.json_file import read_json_object
 from moe_jax.checkpoint.marker import (
     MARKER,
     Part,
@@ -31,7 +34,6 @@ from moe_jax.checkpoint.marker import (
     read_marker,
     write_marker,
 )
-from moe_jax.checkpoint.json_file import read_json_object
 from moe_jax.checkpoint.placing import loading_bar
 from moe_jax.checkpoint.targets import expected_targets, target_bytes
 from moe_jax.checkpoint.whole_folder import check_free, whole_folder
@@ -47,6 +49,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 PART_BYTES = 1 << 28
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,7 @@ class OrbaxCheckpoint:
                     name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(name))
                     for name, shape in part.arrays.items()
                 }
-                with ocp.StandardCheckpointer() as checkpointer:
-                    arrays = checkpointer.restore(folder.resolve(), wanted)
+                arrays = _finish(_restore, folder.resolve(), wanted)
                 for name in part.arrays:
                     array = arrays.pop(name)
                     bar.update(array.nbytes)
@@ -152,10 +154,29 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, jax.Array], source: Path)
 
 def _save_part(folder: Path, arrays: dict[str, jax.Array]) -> Part:
     """Writes one Orbax checkpoint and lists what it consists of."""
+    _finish(_save, folder, arrays)
+    return Part({name: array.shape for name, array in arrays.items()}, list_files(folder))
+
+
+def _save(folder: Path, arrays: dict[str, jax.Array]) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, arrays)
         checkpointer.wait_until_finished()
-    return Part({name: array.shape for name, array in arrays.items()}, list_files(folder))
+
+
+def _restore(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, wanted)
+
+
+def _finish(function: Callable[..., Result], *arguments: object) -> Result:
+    """Calls a function of Orbax; an interrupt is raised only when the function has ended.
+
+    Interrupted itself, Orbax goes on writing in threads of its own after its caller cleaned up.
+    Signals reach the main thread only, and leaving the pool waits for its thread.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _check_names(where: str, found: set[str], expected: set[str]) -> None:

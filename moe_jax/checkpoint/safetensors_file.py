@@ -134,7 +134,7 @@ def _read_exactly(stream: FileIO, tensor: StoredTensor, out: np.ndarray) -> None
     """Fills bytes; a single read may return fewer than asked for."""
     done = 0
     while done < out.size:
-        count = stream.readinto(memoryview(out)[done:])
+        count = stream.readinto(out.data[done:])
         if not count:
             raise ValueError(
                 f"{tensor.file} ended inside tensor {tensor.name!r}: the file was truncated after "

@@ -31,8 +31,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     check_free(folder)
     aside = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex}"
-    aside.mkdir()
     try:
+        aside.mkdir()
         yield aside
         for path in (*aside.rglob("*"), aside):
             _flush(path)

@@ -84,15 +84,13 @@ def sample(
 @jax.jit
 def sample_greedy(
     logits: Float32[Array, "seqs vocab"],
-    options: SamplingOptions,
-    seen: Bool[Array, "seqs vocab"],
 ) -> tuple[Int32[Array, " seqs"], Float32[Array, " seqs"]]:
-    """`sample` for a batch in which every temperature is 0: no filter, no noise.
+    """`sample` for a batch of temperature 0 and repetition penalty 1: no filter, no noise.
 
-    Among equal logits the lowest id wins. Chosen in Python (`all(p.greedy for p in params)`): a
-    branch inside the program would stall the launch on a GPU.
+    Among equal logits the lowest id wins. The caller chooses it in Python: a branch inside the
+    program would stall the launch on a GPU.
     """
-    token = jnp.argmax(_penalise(logits, options, seen), axis=-1).astype(jnp.int32)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return token, _log_probability(logits, token)
 
 

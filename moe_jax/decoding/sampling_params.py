@@ -60,11 +60,6 @@ class SamplingParams:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken and nothing is drawn."""
-        return self.temperature == 0
-
 
 def sampling_params(**options: Any) -> SamplingParams:
     """SamplingParams from keywords; an unknown one is a ValueError that suggests the closest."""

@@ -9,21 +9,28 @@ import numpy as np
 
 from host_offload.calibrate import measure_link, random_arrays, seconds_of
 from host_offload.host_compute import as_host, on_host
-from moe_jax.config import ModelConfig
+from moe_jax.config import Activation, ModelConfig
 from moe_jax.model.experts import Expert
 from moe_jax.model.ops import gated_ffn
 from moe_jax.placement.curves import CostCurves
 
 MissingExperts = Literal["auto", "stream", "host"]
 
-_KNOTS = (1, 16, 64, 256)
+_KNOTS = (1, 16, 256)
 
 
-def measure_costs(config: ModelConfig, dtype: jnp.dtype) -> CostCurves:
+def measure_costs(config: ModelConfig, dtype: np.dtype) -> CostCurves:
     """Times one expert of this model's shape on the host, over the link and on the device."""
-    ffn = functools.partial(gated_ffn, activation=config.activation)
-    host_expert = Expert(*random_arrays(config.expert_shapes, dtype, "pinned_host"))
-    device_expert = Expert(*random_arrays(config.expert_shapes, dtype, "device"))
+    return _measure(config.expert_shapes, dtype, config.activation)
+
+
+@functools.cache  # a second model of the same shape need not wait
+def _measure(
+    shapes: tuple[tuple[int, int], tuple[int, int]], dtype: np.dtype, activation: Activation
+) -> CostCurves:
+    ffn = functools.partial(gated_ffn, activation=activation)
+    host_expert = Expert(*random_arrays(shapes, dtype, "pinned_host"))
+    device_expert = Expert(*random_arrays(shapes, dtype, "device"))
     on_device = jax.jit(lambda expert, x: ffn(expert.gate_up, expert.down, x))
 
     def host_body(expert, x):
@@ -32,7 +39,7 @@ def measure_costs(config: ModelConfig, dtype: jnp.dtype) -> CostCurves:
     hosted = jax.jit(lambda expert, x: on_host(host_body, expert, x))
     host, device = [], []
     for tokens in _KNOTS:
-        (x,) = random_arrays([(tokens, config.embed)], dtype, "device")
+        (x,) = random_arrays([(tokens, shapes[1][0])], dtype, "device")
         host.append(seconds_of(lambda x=x: hosted(host_expert, x)))
         device.append(seconds_of(lambda x=x: on_device(device_expert, x)))
     link = measure_link(host_expert)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.checkpoint.chat import ChatTemplate
 from moe_jax.checkpoint.orbax import save_checkpoint
-from moe_jax.checkpoint.tokenizer import Tokenizer
+from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
 from moe_jax.decoding.sampling_params import sampling_params
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.generation import Request, Timings, generate_batch
@@ -116,6 +116,7 @@ class Engine:
             prompt,
             tokenizer=self.tokenizer,
             template=self._template,
+            folder=self._source,
             vocab=self.config.vocab,
             capacity=self._capacity,
         )
@@ -123,14 +124,16 @@ class Engine:
     def _requests(self, prompts: Sequence[Any], options: dict[str, Any]) -> list[Request]:
         params = sampling_params(**options)
         if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model folder has none")
+            raise ValueError(f"stop strings need a tokenizer: {missing_tokenizer(self._source)}")
         stop_tokens = frozenset() if params.ignore_eos else self._stop_tokens
         requests = []
         for prompt in prompts:
             tokens = self._encode(prompt)
             # The last sampled token is never stored, hence one more than there is room for.
             limit = min(params.max_tokens, self._capacity - len(tokens) + 1)
-            requests.append(Request(tokens, params, limit, stop_tokens))
+            # The tokens before decide whether the continuation of a text starts with a space.
+            context = tokens[-8:] if isinstance(prompt, str) else ()
+            requests.append(Request(tokens, params, limit, stop_tokens, context))
         return requests
 
     def _take_over(self) -> int:
@@ -173,7 +176,7 @@ class Engine:
             s,
             prompt_tokens=s.prompt_tokens + timings.prompt_tokens,
             generated_tokens=s.generated_tokens + timings.generated_tokens,
-            decode_steps=s.decode_steps + timings.decode_steps,
+            decode_tokens=s.decode_tokens + timings.decode_tokens,
             prefill_seconds=s.prefill_seconds + timings.prefill_seconds,
             decode_seconds=s.decode_seconds + timings.decode_seconds,
         )

@@ -29,12 +29,14 @@ class Request:
     Attributes:
       limit: new tokens at most: max_tokens, or less where the KV cache ends.
       stop_tokens: ids that end the text.
+      context: the last tokens before the continuation, where its first space matters.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     limit: int
     stop_tokens: frozenset[int]
+    context: tuple[int, ...] = ()
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Timings:
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    decode_steps: int = 0
+    decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -58,7 +60,7 @@ class _Sequence:
         self.request = request
         self.pages = pages
         self.generated: list[int] = []
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._decoder = StreamDecoder(tokenizer, request.context) if tokenizer else None
         self._scanner = StopScanner(request.params.stop)
 
     @property
@@ -128,7 +130,7 @@ def generate_batch(
         logits = runner.decode([sequence.next_input() for sequence in running], bucket)
         pieces = sampler.step(running, logits)
         timings.decode_seconds += time.perf_counter() - started
-        timings.decode_steps += 1
+        timings.decode_tokens += len(running)
         timings.generated_tokens += len(running)
         stepped = list(zip(running, pieces, strict=True))
         running = [sequence for sequence, piece in stepped if piece.finish_reason is None]
@@ -170,7 +172,7 @@ class _Sampler:
         for row, sequence in enumerate(sequences):
             if math.isnan(logprobs[row]):
                 raise ValueError(
-                    f"the model computed NaN logits for request {sequence.index} at position "
+                    f"the model computed NaN or infinite logits for request {sequence.index} at position "
                     f"{sequence.length}; check the checkpoint, or load it with dtype='float32'"
                 )
             pieces.append(sequence.accept(int(tokens[row]), float(logprobs[row])))

@@ -1,12 +1,13 @@
 """Turns what a user passes as a prompt into token ids, and refuses what cannot be run."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_jax.checkpoint.chat import ChatTemplate
-from moe_jax.checkpoint.tokenizer import Tokenizer
+from moe_jax.checkpoint.chat import ChatTemplate, missing_chat_template
+from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
 
 ChatMessage = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
@@ -26,6 +27,7 @@ def encode_prompt(
     *,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
+    folder: Path,
     vocab: int,
     capacity: int,
 ) -> tuple[int, ...]:
@@ -34,7 +36,7 @@ def encode_prompt(
     Raises ValueError for an empty prompt, ids outside the vocabulary, a prompt longer than the KV
     cache, text without a tokenizer, chat without a template, and anything that is none of these.
     """
-    tokens = _tokens_of(prompt, tokenizer, template)
+    tokens = _tokens_of(prompt, tokenizer, template, folder)
     if not tokens:
         raise ValueError("the prompt is empty; give at least one token")
     wrong = [token for token in tokens if not 0 <= token < vocab]
@@ -51,33 +53,25 @@ def encode_prompt(
 
 
 def _tokens_of(
-    prompt: Any, tokenizer: Tokenizer | None, template: ChatTemplate | None
+    prompt: Any, tokenizer: Tokenizer | None, template: ChatTemplate | None, folder: Path
 ) -> list[int]:
-    if isinstance(prompt, np.ndarray) or hasattr(prompt, "__array__"):
+    if hasattr(prompt, "__array__"):
         prompt = np.asarray(prompt).tolist()
-    if isinstance(prompt, str):
-        return _need_tokenizer(tokenizer).encode(prompt)
     if not isinstance(prompt, Sequence):
         raise ValueError(_not_a_prompt(prompt))
-    if prompt and all(isinstance(item, Mapping) for item in prompt):
-        if template is None:
-            raise ValueError(
-                "this model has no chat template, so it cannot take chat messages; "
-                "pass the prompt as text or token ids"
-            )
-        return _need_tokenizer(tokenizer).encode_chat(template.render(prompt))
+    chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
+    if chat and template is None:
+        raise ValueError(missing_chat_template(folder))
+    if (chat or isinstance(prompt, str)) and tokenizer is None:
+        raise ValueError(missing_tokenizer(folder))
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if chat:
+        return tokenizer.encode_chat(template.render(prompt))
     integer = lambda item: isinstance(item, int | np.integer) and not isinstance(item, bool)
     if not all(integer(item) for item in prompt):
         raise ValueError(_not_a_prompt(prompt))
     return [int(item) for item in prompt]
-
-
-def _need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    if tokenizer is None:
-        raise ValueError(
-            "this model folder has no tokenizer.json, so it cannot take text; pass token ids"
-        )
-    return tokenizer
 
 
 def _not_a_prompt(prompt: Any) -> str:

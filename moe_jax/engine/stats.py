@@ -13,6 +13,7 @@ class Stats:
 
     Attributes:
       prompt_tokens, generated_tokens: tokens prefilled and sampled.
+      decode_tokens: those of the sampled tokens that a decode step gave, not a prefill.
       prefill_seconds, decode_seconds: wall-clock, compilation included.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens.
@@ -25,7 +26,7 @@ class Stats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_steps: int = 0
+    decode_tokens: int = 0
     resident: int = 0
     streamed: int = 0
     hosted: int = 0
@@ -40,8 +41,8 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second."""
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Tokens per second of the decode steps."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -73,7 +74,7 @@ class Stats:
     def __str__(self) -> str:
         return (
             f"prefill {self.prompt_tokens} tokens at {self.prefill_rate:.1f}/s, "
-            f"decode {self.generated_tokens} tokens at {self.decode_rate:.1f}/s | experts: "
+            f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f}/s | experts: "
             f"{self.resident} resident ({self.hit_rate:.0%}), {self.streamed} streamed, "
             f"{self.hosted} on host | moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"

@@ -1,7 +1,7 @@
 """Writes a trained model as a Hugging Face folder, and reads such a folder back for evaluation.
 
-Knows the tensor names of `qwen3_moe` only. Every file is written beside the folder and moved in,
-so a folder never holds half a file.
+Knows the tensor names of `qwen3_moe` only. Every file is written under another name and renamed,
+so a file that carries its name is whole.
 """
 
 import json
@@ -156,7 +156,7 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent.parent)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
     os.chmod(partial, 0o644)

@@ -15,7 +15,9 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.weights import ModelWeights
 
 
-def restore(folder: pathlib.Path, dtype: DTypeLike = jnp.float32) -> tuple[ModelWeights, ModelConfig]:
+def restore(
+    folder: pathlib.Path, dtype: DTypeLike = jnp.float32
+) -> tuple[ModelWeights, ModelConfig]:
     """Returns the weights, with every layer's experts as one bank, and the model's config.
 
     Raises:

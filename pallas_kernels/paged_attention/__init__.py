@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choose import choose
 from pallas_kernels.paged_attention.reference import paged_attention_reference
-from pallas_kernels.paged_attention.shapes import check_arguments
+from pallas_kernels.paged_attention.shapes import Pages, bits_dtype, check_arguments
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
-__all__ = ["IMPLEMENTATIONS", "paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "bits_dtype", "paged_attention"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": paged_attention_reference,
@@ -65,8 +65,8 @@ def paged_attention(
 @no_type_check  # wrong shapes get the messages of check_arguments, in tests as in use
 def paged_attention(
     query: Float[Array, "tokens heads head_dim"],
-    key_pages: Float[Array, "pages page_size kv_heads head_dim"],
-    value_pages: Float[Array, "pages page_size kv_heads head_dim"],
+    key_pages: Pages,
+    value_pages: Pages,
     block_tables: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs+1"],
     kv_lengths: Int[Array, " seqs"],
@@ -88,8 +88,9 @@ def paged_attention(
       query: float32, bfloat16 or float16. Rows query_starts[s]:query_starts[s+1] belong to
         sequence s; rows past query_starts[-1] are padding. heads is a multiple of kv_heads;
         kv head j serves heads j*(heads/kv_heads) and the ones after it.
-      key_pages, value_pages: in query's dtype. Key p of sequence s lies in page
-        block_tables[s, p // page_size] at p % page_size.
+      key_pages, value_pages: in query's dtype, or its bits as unsigned integers (`bits_dtype`).
+        Key p of sequence s lies in page block_tables[s, p // page_size] at p % page_size. Keep
+        bits on the CPU: with jax 0.10.2 a write into a bfloat16 array there rewrites all of it.
       block_tables: page ids. Entries that hold no visible key may be anything.
       query_starts: non-decreasing, starting at 0. A sequence may have no queries.
       kv_lengths: keys per sequence, those of its current queries included, so the n queries of

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.shapes import Pages, unpacked
+
 
 def paged_attention_reference(
     query: Float[Array, "tokens heads head_dim"],
-    key_pages: Float[Array, "pages page_size kv_heads head_dim"],
-    value_pages: Float[Array, "pages page_size kv_heads head_dim"],
+    key_pages: Pages,
+    value_pages: Pages,
     block_tables: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs+1"],
     kv_lengths: Int[Array, " seqs"],
@@ -32,6 +34,7 @@ def paged_attention_reference(
     tokens, heads, _ = query.shape
     seqs, pages_per_seq = block_tables.shape
     page_size, kv_heads = key_pages.shape[1:3]
+    key_pages, value_pages = (unpacked(pages, query.dtype) for pages in (key_pages, value_pages))
     key_positions = jnp.arange(pages_per_seq * page_size)
 
     def attend(token: Int[Array, ""]) -> tuple[Array, Array]:

@@ -5,10 +5,27 @@ Knows static facts only (shapes, dtypes, options); the values of arrays are neve
 
 import math
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, UInt
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+# The bits of query's dtype may be kept as unsigned integers of its width.
+Pages = (
+    Float[Array, "pages page_size kv_heads head_dim"]
+    | UInt[Array, "pages page_size kv_heads head_dim"]
+)
+
+
+def bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the unsigned integer dtype that can hold the bits of a dtype."""
+    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+
+def unpacked(keys: Array, dtype: jnp.dtype) -> Array:
+    """Returns keys (or values) as floats of this dtype, whether they are kept so or as its bits."""
+    return keys if keys.dtype == dtype else jax.lax.bitcast_convert_type(keys, dtype)
 
 
 def check_arguments(
@@ -45,8 +62,12 @@ def check_arguments(
     if str(query.dtype) not in _DTYPES:
         raise ValueError(f"query must be one of {_DTYPES}, got {query.dtype}")
     for name, array in (("key_pages", key_pages), ("value_pages", value_pages)):
-        if array.dtype != query.dtype:
-            raise ValueError(f"{name} is {array.dtype} and query is {query.dtype}; cast one")
+        bits = bits_dtype(query.dtype)
+        if array.dtype not in (query.dtype, bits):
+            raise ValueError(
+                f"{name} must be {query.dtype} like query, or {bits} holding its bits; "
+                f"got {array.dtype}"
+            )
     integers = (block_tables, "block_tables"), (query_starts, "query_starts")
     for array, name in (*integers, (kv_lengths, "kv_lengths")):
         if not jnp.issubdtype(array.dtype, jnp.integer):

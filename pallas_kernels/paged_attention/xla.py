@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.paged_attention.shapes import Pages, unpacked
+
 # Up to this many queries per sequence all sequences are computed at once, padded to the longest.
 _FEW_QUERIES = 8
 # Key positions per block. Small blocks cost loop overhead, large ones work past the end of the
@@ -34,8 +36,8 @@ _LOWEST = -1e30
 class _Cache(NamedTuple):
     """Where keys and values lie, and how they are scored."""
 
-    key_pages: Float[Array, "pages page_size kv_heads head_dim"]
-    value_pages: Float[Array, "pages page_size kv_heads head_dim"]
+    key_pages: Pages
+    value_pages: Pages
     scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -43,8 +45,8 @@ class _Cache(NamedTuple):
 
 def paged_attention_xla(
     query: Float[Array, "tokens heads head_dim"],
-    key_pages: Float[Array, "pages page_size kv_heads head_dim"],
-    value_pages: Float[Array, "pages page_size kv_heads head_dim"],
+    key_pages: Pages,
+    value_pages: Pages,
     block_tables: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs+1"],
     kv_lengths: Int[Array, " seqs"],
@@ -188,11 +190,13 @@ def _attend(
         key_position = index[:, None] * size + jnp.arange(size)[None, :]
         live = (key_position >= low[:, None]) & (key_position < high[:, None])
         # 0 times NaN is NaN, so what nobody sees leaves the values and not only the scores.
+        # Without this tie to the loop, jax 0.10.2 gathers bfloat16 pages by converting the whole
+        # cache to float32 before the loop.
         key_pages, value_pages, table = jax.lax.optimization_barrier(
             (cache.key_pages, cache.value_pages, table)
         )
-        keys = _read(key_pages, table, live)
-        values = _read(value_pages, table, live)
+        keys = _read(key_pages, table, live, query.dtype)
+        values = _read(value_pages, table, live, query.dtype)
 
         seen = live[:, None, :] & (key_position[:, None, :] <= row_position[:, :, None])
         if cache.sliding_window is not None:
@@ -236,9 +240,10 @@ def _attend(
 
 
 def _read(
-    pages: Float[Array, "pages page_size kv_heads head_dim"],
+    pages: Pages,
     table: Int[Array, "seqs pages_per_block"],
     live: Bool[Array, "seqs positions"],
+    dtype: jnp.dtype,
 ) -> Float[Array, "seqs kv_heads positions head_dim"]:
     """Lays pages end to end, head-major, with 0 where no key is live.
 
@@ -248,7 +253,8 @@ def _read(
     _, page_size, kv_heads, head_dim = pages.shape
     block = pages.at[table].get(mode="clip")
     block = block.reshape(seqs, pages_per_block * page_size, kv_heads, head_dim)
-    return jnp.where(live[:, None, :, None], block.transpose(0, 2, 1, 3), 0)
+    block = jnp.where(live[:, None, :, None], block.transpose(0, 2, 1, 3), 0)
+    return unpacked(block, dtype)
 
 
 def _batched_dot(

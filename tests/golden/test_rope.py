@@ -74,8 +74,13 @@ def test_frequencies_equal_transformers(name):
     np.testing.assert_allclose(frequencies, module.inv_freq.numpy(), rtol=1.3e-7)
 
 
-@pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED, TRAINED + 1, 1000])
-@pytest.mark.parametrize("name", [*STATIC, *BY_LENGTH])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *((name, 1000) for name in STATIC),
+        *((name, TRAINED + beyond) for name in BY_LENGTH for beyond in (-1, 0, 1, 1000)),
+    ],
+)
 def test_angles_equal_transformers(name, length):
     module, ours = both_sides((STATIC | BY_LENGTH)[name])
     expected = module(torch.zeros(1), torch.arange(length)[None])

@@ -136,7 +136,10 @@ def test_names_that_do_not_match(make_folder, case):
     ("edit", "message"),
     [
         (put("model.norm.weight", (9,)), r"'model\.norm\.weight' has shape \[9\], .* \[8\]"),
-        (put("lm_head.weight", (8, 11)), r"'lm_head\.weight' has shape \[8, 11\], config\.json asks for \[11, 8\]"),
+        (
+            put("lm_head.weight", (8, 11)),
+            r"'lm_head\.weight' has shape \[8, 11\], config\.json asks for \[11, 8\]",
+        ),
         (
             put("model.layers.0.self_attn.k_proj.weight", (8, 8)),
             r"'model.layers.0.self_attn.k_proj.weight' has shape \[8, 8\], .* \[4, 8\]",
@@ -188,7 +191,10 @@ def test_shard_truncated_after_opening(make_folder, load, memory):
     ("change", "message"),
     [
         (lambda i: i.update(weight_map=[]), "needs a weight_map"),
-        (lambda i: i["weight_map"].update(new=SHARD), f"{SHARD} lacks tensors that {INDEX} .*: new"),
+        (
+            lambda i: i["weight_map"].update(new=SHARD),
+            f"{SHARD} lacks tensors that {INDEX} .*: new",
+        ),
         (
             lambda i: i["weight_map"].pop("lm_head.weight"),
             f"{SHARD} has tensors that {INDEX} does not name: lm_head.weight",
@@ -228,7 +234,9 @@ def test_broken_config(make_folder, text, message):
 def test_pickles_are_refused(make_folder):
     folder = make_folder()
     (folder.path / "model.safetensors").rename(folder.path / "pytorch_model.bin")
-    message = r"only as pickle files \(pytorch_model\.bin\), .* refused; convert them to safetensors"
+    message = (
+        r"only as pickle files \(pytorch_model\.bin\), .* refused; convert them to safetensors"
+    )
     with pytest.raises(ValueError, match=message):
         open_checkpoint(folder.path)
 

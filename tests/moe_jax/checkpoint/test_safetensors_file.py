@@ -62,7 +62,10 @@ def test_every_used_dtype_has_a_size():
 
 BROKEN = {
     "short": (b"\0\0\0", "is truncated: .* this file has 3 bytes"),
-    "huge": (file_of({}, length=1 << 60), "claims a header of 1152921504606846976 bytes, .* 2 to 2"),
+    "huge": (
+        file_of({}, length=1 << 60),
+        "claims a header of 1152921504606846976 bytes, .* 2 to 2",
+    ),
     "tiny": (file_of({}, length=1), "claims a header of 1 bytes"),
     "not JSON": (file_of(b"{]"), "broken header: Expecting"),
     "not UTF-8": (file_of(b'{"\xff'), "broken header: 'utf-8' codec"),

@@ -1,5 +1,3 @@
-import dataclasses
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -138,29 +136,31 @@ def test_seed_and_position_change_the_draw():
 
 
 def test_greedy_rows_and_greedy_function():
-    options = stack_options(PARAMS, VOCAB)
-    logits, seen = logits_and_seen(len(PARAMS))
-    position = jnp.zeros(len(PARAMS), jnp.int32)
-    cold = dataclasses.replace(options, temperature=jnp.zeros_like(options.temperature))
-    tokens, log_probability = sample_greedy(logits, cold, seen)
-    same, log_same = sample(logits, cold, position, seen)
-    np.testing.assert_array_equal(tokens, same)
-    np.testing.assert_array_equal(log_probability, log_same)
-    assert tokens[0] == jnp.argmax(logits[0])
-    assert tokens.dtype == jnp.int32
+    logits, seen = logits_and_seen(4)
+    expected, expected_log = sample_greedy(logits)
+    np.testing.assert_array_equal(expected, jnp.argmax(logits, axis=-1))
+    assert expected.dtype == jnp.int32
+    mixed = [SamplingParams(), SamplingParams(temperature=1.0, seed=9)] * 2
+    tokens, log_probability = sample(
+        logits, stack_options(mixed, VOCAB), jnp.zeros(4, jnp.int32), seen
+    )
+    np.testing.assert_array_equal(tokens[::2], expected[::2])
+    np.testing.assert_array_equal(log_probability[::2], expected_log[::2])
 
 
 def test_greedy_takes_the_lowest_of_equal_ids():
     logits = jnp.array([[0.0, 2.0, 2.0], [-0.0, 0.0, -1.0]])
     options = stack_options([SamplingParams()] * 2, 3)
-    tokens, _ = sample_greedy(logits, options, jnp.zeros((2, 3), bool))
-    np.testing.assert_array_equal(tokens, [1, 0])
+    seen = jnp.zeros((2, 3), bool)
+    for tokens, _ in (sample_greedy(logits), sample(logits, options, jnp.array([0, 0]), seen)):
+        np.testing.assert_array_equal(tokens, [1, 0])
 
 
 def test_greedy_follows_the_repetition_penalty():
     logits = jnp.array([[3.0, 2.9, -1.0], [-1.0, -1.1, -9.0]])
     options = stack_options([SamplingParams(repetition_penalty=1.2)] * 2, 3)
-    tokens, _ = sample_greedy(logits, options, jnp.array([[True, False, False]] * 2))
+    seen = jnp.array([[True, False, False]] * 2)
+    tokens, _ = sample(logits, options, jnp.array([0, 0]), seen)
     np.testing.assert_array_equal(tokens, [1, 1])
 
 
@@ -182,7 +182,7 @@ def test_unusable_logits_show_in_the_log_probability_of_their_row_only(bad):
     position = jnp.zeros(3, jnp.int32)
     for tokens, log_probability in (
         sample(logits, options, position, seen),
-        sample_greedy(logits, options, seen),
+        sample_greedy(logits),
     ):
         np.testing.assert_array_equal(np.isnan(log_probability), [True, True, False])
         assert ((tokens >= 0) & (tokens < VOCAB)).all()

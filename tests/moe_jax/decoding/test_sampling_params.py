@@ -8,8 +8,8 @@ from moe_jax.decoding.sampling_params import SamplingParams, sampling_params
 
 
 def test_defaults_are_greedy():
-    assert SamplingParams().greedy
-    assert not SamplingParams(temperature=0.5).greedy
+    params = SamplingParams()
+    assert (params.temperature, params.repetition_penalty, params.stop) == (0.0, 1.0, ())
 
 
 def test_values_are_made_plain():

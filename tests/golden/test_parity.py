@@ -1,0 +1,89 @@
+"""Tiny random models of every family give the logits and tokens that Transformers gives."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import moe_jax
+from moe_jax.cache.paged_kv import assign_pages
+from moe_jax.engine.runner import NewTokens
+from tests.golden.models import GRID, save_tiny, tiny_model
+
+pytestmark = pytest.mark.golden
+
+TOKENS = 70
+GREEDY = 64
+
+
+def name_of(entry):
+    family, overrides = entry
+    return f"{family}-{'-'.join(f'{k}={v}' for k, v in overrides.items()) or 'plain'}"[:100]
+
+
+@pytest.fixture(scope="module", params=GRID, ids=name_of)
+def pair(request, tmp_path_factory):
+    """A Transformers model and the engine that loaded its checkpoint, both in float32."""
+    family, overrides = request.param
+    model = tiny_model(family, **overrides)
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(model, folder)
+    return model, moe_jax.load(folder, dtype="float32", max_tokens=256, max_seqs=2)
+
+
+def draw_tokens(vocab, *shape):
+    return np.random.default_rng(7).integers(2, vocab, shape)
+
+
+def largest_difference(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def test_logits_equal_transformers(pair):
+    model, engine = pair
+    tokens = draw_tokens(engine.config.vocab, 2, TOKENS)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.float().numpy()
+    assert largest_difference(engine.logits(tokens), expected) < 1e-4
+
+
+def test_chunks_and_decode_equal_one_forward(pair):
+    _, engine = pair
+    tokens = draw_tokens(engine.config.vocab, TOKENS).tolist()
+    runner = engine._runner
+    (pages,) = assign_pages([TOKENS], runner.pages)
+    step = lambda first, last: NewTokens(tokens[first:last], first, TOKENS, pages)
+    parts = [runner.all_logits(step(0, 33)), runner.all_logits(step(33, 60))]
+    parts += [np.asarray(runner.decode([step(i, i + 1)], 1))[:1] for i in range(60, TOKENS)]
+    assert largest_difference(np.concatenate(parts), engine.logits(tokens)) < 1e-5
+
+
+def test_greedy_tokens_equal_transformers(pair):
+    model, engine = pair
+    prompt = draw_tokens(engine.config.vocab, 9).tolist()
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=GREEDY,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+    assert list(engine.generate(prompt, max_tokens=GREEDY, ignore_eos=True).tokens) == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_bfloat16_agrees_where_the_margin_is_clear(family, tmp_path):
+    model = tiny_model(family).to(torch.bfloat16)
+    save_tiny(model, tmp_path, dtype=torch.bfloat16)
+    engine = moe_jax.load(tmp_path, dtype="bfloat16", max_tokens=256, max_seqs=2)
+    tokens = draw_tokens(engine.config.vocab, 8, 128)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.float().numpy()
+    best = np.sort(expected, axis=-1)
+    clear = best[..., -1] - best[..., -2] > 0.05
+    agree = engine.logits(tokens).argmax(-1) == expected.argmax(-1)
+    assert clear.sum() > 200
+    assert agree[clear].mean() >= 0.99
