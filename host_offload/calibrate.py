@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from host_offload.memory import sharding, to_device
+from host_offload.memory import MemoryKind, sharding, to_device
 
 
 def seconds_of(function: Callable[[], Any], repeats: int = 5) -> float:
@@ -27,7 +27,7 @@ def seconds_of(function: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def random_arrays(
-    shapes: Sequence[tuple[int, ...]], dtype: jax.typing.DTypeLike, kind: str
+    shapes: Sequence[tuple[int, ...]], dtype: jax.typing.DTypeLike, kind: MemoryKind
 ) -> tuple[jax.Array, ...]:
     """Small random numbers in one memory kind, for timing."""
     draw = np.random.default_rng(0).standard_normal

@@ -12,7 +12,9 @@ import jax
 from jax.experimental import compute_on as _compute_on
 
 # jax 0.10 has the function form as compute_on2; later releases call it compute_on.
-_offload = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
+_offload: Callable[..., Any] = getattr(_compute_on, "compute_on2", None) or getattr(
+    _compute_on, "compute_on"  # noqa: B009 - the type checker sees the older function of the name
+)
 
 # Outermost jits that contain a host computation are compiled with these: without them XLA:GPU
 # schedules the device work before the host call, not beside it. Ignored on other backends.

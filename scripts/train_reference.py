@@ -234,6 +234,8 @@ def train(args: argparse.Namespace) -> None:
     state, first = step(state, next(rows), jnp.float32(0), key)
     report(state, 0, [jax.device_get(first)], measure=True)
     start, reserve = minutes(), 0.03 * args.minutes + 0.1
+    if start + reserve >= args.minutes:
+        raise SystemExit(f"{start:.1f} minutes went by before training; raise --minutes")
     print(f"training starts at {start:.2f} minutes", flush=True)
     steps, window, reported, saved = 0, [], start, start
     while True:

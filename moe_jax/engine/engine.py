@@ -109,7 +109,7 @@ class Engine:
 
         The folder appears only when it is complete. Raises ValueError if it is there already.
         """
-        save_checkpoint(folder, arrays_by_target(self._runner.model), self._source)
+        save_checkpoint(Path(folder), arrays_by_target(self._runner.model), self._source)
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         return encode_prompt(

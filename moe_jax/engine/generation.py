@@ -143,7 +143,7 @@ def _prefill(runner: Runner, sequence: _Sequence, show: bool) -> Float[Array, "1
     new = NewTokens(prompt, 0, len(prompt), sequence.pages)
     long = len(prompt) > 2 * PREFILL_BUCKETS[-1]
     with progress_bar(len(prompt), "prefill", "tok", show and long) as bar:
-        return runner.prefill(new, bar.update)
+        return runner.prefill(new, on_chunk=lambda tokens: bar.update(tokens))
 
 
 class _Sampler:
@@ -172,8 +172,8 @@ class _Sampler:
         for row, sequence in enumerate(sequences):
             if math.isnan(logprobs[row]):
                 raise ValueError(
-                    f"the model computed NaN or infinite logits for request {sequence.index} at position "
-                    f"{sequence.length}; check the checkpoint, or load it with dtype='float32'"
+                    f"the model computed NaN or infinite logits for request {sequence.index} at "
+                    f"position {sequence.length}; check the checkpoint, or load it with dtype='float32'"
                 )
             pieces.append(sequence.accept(int(tokens[row]), float(logprobs[row])))
         return pieces

@@ -25,7 +25,7 @@ _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 def load(
-    path: str | os.PathLike | None = None,
+    path: str | Path | None = None,
     *,
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,

@@ -28,11 +28,10 @@ class Completion:
 class Piece:
     """What one step adds to a stream: whole characters only, so `text` may be empty.
 
-    `token` and `logprob` are None in a last piece that only carries held-back text;
     `finish_reason` is None until the last piece.
     """
 
     text: str
-    token: int | None
-    logprob: float | None
+    token: int
+    logprob: float
     finish_reason: FinishReason | None = None

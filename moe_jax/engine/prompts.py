@@ -59,14 +59,15 @@ def _tokens_of(
         prompt = np.asarray(prompt).tolist()
     if not isinstance(prompt, Sequence):
         raise ValueError(_not_a_prompt(prompt))
-    chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
-    if chat and template is None:
-        raise ValueError(missing_chat_template(folder))
-    if (chat or isinstance(prompt, str)) and tokenizer is None:
-        raise ValueError(missing_tokenizer(folder))
     if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(missing_tokenizer(folder))
         return tokenizer.encode(prompt)
-    if chat:
+    if prompt and all(isinstance(item, Mapping) for item in prompt):
+        if template is None:
+            raise ValueError(missing_chat_template(folder))
+        if tokenizer is None:
+            raise ValueError(missing_tokenizer(folder))
         return tokenizer.encode_chat(template.render(prompt))
     integer = lambda item: isinstance(item, int | np.integer) and not isinstance(item, bool)
     if not all(integer(item) for item in prompt):

@@ -81,7 +81,7 @@ class Runner:
     def prefill(
         self,
         new: NewTokens,
-        on_chunk: Callable[[int], None] | None = None,
+        on_chunk: Callable[[int], object] | None = None,
     ) -> Float[Array, "1 vocab"]:
         """Adds any number of tokens of one sequence; returns the logits after the last."""
         chunks = self._chunks(new)
@@ -137,7 +137,7 @@ def pack_step(batch: Sequence[NewTokens], tokens: int, seqs: int) -> StepInputs:
     rope_lengths[: len(batch)] = [new.length for new in batch]
     tables = np.zeros((seqs, batch[0].pages.size), np.int32)
     tables[: len(batch)] = [new.pages for new in batch]
-    return StepInputs(flat, starts, kv_lengths, rope_lengths, tables)
+    return StepInputs(*jax.device_put((flat, starts, kv_lengths, rope_lengths, tables)))
 
 
 def kv_capacity(pages: int) -> int:

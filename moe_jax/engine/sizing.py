@@ -1,6 +1,6 @@
 """How much memory a checkpoint needs, before any weight is read."""
 
-import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +45,7 @@ def plan_for(
 
 
 def device_memory_for(
-    path: str | os.PathLike,
+    path: str | Path,
     *,
     experts: float,
     dtype: str = "bfloat16",

@@ -32,20 +32,24 @@ def project_qkv(
     query, key, value = jnp.split(
         qkv, [a.heads * a.head_dim, (a.heads + a.kv_heads) * a.head_dim], axis=1
     )
-    if a.qk_norm == "full":
-        query = rms_norm(query, weights.query_norm[...], config.norm_epsilon)
-        key = rms_norm(key, weights.key_norm[...], config.norm_epsilon)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = _normalise(query, weights.query_norm[...], config.norm_epsilon)
+        key = _normalise(key, weights.key_norm[...], config.norm_epsilon)
     query = query.reshape(tokens, a.heads, a.head_dim)
     key = key.reshape(tokens, a.kv_heads, a.head_dim)
     value = value.reshape(tokens, a.kv_heads, a.head_dim)
-    if a.qk_norm == "head":
-        query = rms_norm(query, weights.query_norm[...], config.norm_epsilon)
-        key = rms_norm(key, weights.key_norm[...], config.norm_epsilon)
     if a.clip_qkv is not None:
         query, key, value = (
             jnp.clip(part, -a.clip_qkv, a.clip_qkv) for part in (query, key, value)
         )
     return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def _normalise(
+    x: Float[Array, "tokens width"], scale: Float[Array, " features"], epsilon: float
+) -> Float[Array, "tokens width"]:
+    """RMS norm over as many features as there are scales: one head, or the whole width."""
+    return rms_norm(x.reshape(x.shape[0], -1, scale.size), scale, epsilon).reshape(x.shape)
 
 
 def project_output(

@@ -99,9 +99,8 @@ def combine(
 ) -> Float[Array, "tokens embed"]:
     """Sums each token's expert outputs, weighted by its gates, in float32 and in choice order."""
     flat = blocks.reshape(-1, blocks.shape[-1])
-    total = None
+    total = jnp.zeros((gates.shape[0], flat.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
         rows = flat.at[where.position[:, choice]].get(mode="fill", fill_value=0)
-        part = gates[:, choice, None] * rows.astype(jnp.float32)
-        total = part if total is None else total + part
+        total += gates[:, choice, None] * rows.astype(jnp.float32)
     return total.astype(blocks.dtype)

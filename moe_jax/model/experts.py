@@ -57,8 +57,9 @@ class LayerExperts:
     @property
     def slots(self) -> int:
         """How many experts are resident."""
-        bank = isinstance(self.resident, ExpertBank)
-        return self.resident.gate_up.shape[0] if bank else len(self.resident)
+        if isinstance(self.resident, ExpertBank):
+            return self.resident.gate_up.shape[0]
+        return len(self.resident)
 
 
 def run_experts(

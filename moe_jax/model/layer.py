@@ -72,11 +72,12 @@ def run_layer(
         )
         x = x + project_output(weights.attention, attended)
     normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
-    if experts is None:
+    if weights.ffn is not None:
         with jax.named_scope("dense_ffn"):
             ffn = weights.ffn
             y = gated_ffn(ffn.gate_up[...], ffn.down[...], normed, config.activation)
             return x + y, kv, tally
+    assert experts is not None, "a layer with a router was given no experts"
     with jax.named_scope("experts"):
         y, tally = mix_experts(weights, experts, normed, step, curves, tally, config)
     return x + y, kv, tally
@@ -92,6 +93,7 @@ def mix_experts(
     config: ModelConfig,
 ) -> tuple[Float[Array, "tokens embed"], Tally]:
     """Routes, plans and computes the mixture, with the shared expert where there is one."""
+    assert weights.router is not None, "a dense layer was given experts"
     gates, chosen, _ = route(weights.router[...], x, config.moe)
     where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts)
     resident = jnp.arange(config.moe.num_experts) < experts.slots
