@@ -58,7 +58,8 @@ def paged_attention_reference(
         keys = jnp.repeat(keys, heads // kv_heads, axis=1)
         values = jnp.repeat(values, heads // kv_heads, axis=1)
 
-        scores = jnp.einsum("hd,phd->hp", query[token].astype(jnp.float32), keys) * scale
+        row = query[token].astype(jnp.float32)
+        scores = jnp.einsum("hd,phd->hp", row, keys, precision="highest") * scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(visible[None, :], scores, -jnp.inf)
@@ -66,7 +67,7 @@ def paged_attention_reference(
             scores = jnp.concatenate([scores, sinks[:, None].astype(jnp.float32)], axis=1)
         log_sum_exp = jax.nn.logsumexp(scores, axis=1)
         weights = jnp.exp(scores - log_sum_exp[:, None])[:, : key_positions.size]
-        attended = jnp.einsum("hp,phd->hd", weights, values)
+        attended = jnp.einsum("hp,phd->hd", weights, values, precision="highest")
         seen = visible.any()
         return (
             jnp.where(seen, attended, 0).astype(query.dtype),

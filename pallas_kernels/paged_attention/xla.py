@@ -141,10 +141,11 @@ def _many_queries(
             jax.lax.dynamic_update_slice_in_dim(log_sum_exp, block_log_sum_exp[0], start, 0),
         )
 
-    zero = jnp.zeros((tokens + size, heads, head_dim), query.dtype)
+    # Held in float32: jax 0.10.2 on a CPU rewrites all of a bfloat16 array to update a part of it.
+    zero = jnp.zeros((tokens + size, heads, head_dim))
     unseen = jnp.full((tokens + size, heads), -jnp.inf)
     output, log_sum_exp = jax.lax.fori_loop(0, ends[-1], work, (zero, unseen))
-    return output[:tokens], log_sum_exp[:tokens]
+    return output[:tokens].astype(query.dtype), log_sum_exp[:tokens]
 
 
 def _attend(
@@ -159,7 +160,7 @@ def _attend(
 ) -> tuple[Float[Array, "seqs queries heads head_dim"], Float[Array, "seqs queries heads"]]:
     """Attends from `queries` tokens of every sequence, those that are real, to its keys.
 
-    Each sequence starts at its own first block with a visible key; the loop runs as often as the
+    Results are float32. Each sequence starts at its own first block with a visible key; the loop runs as often as the
     sequence with most blocks needs.
     """
     seqs, queries, heads, head_dim = query.shape
@@ -234,7 +235,7 @@ def _attend(
     sees = (row_position >= 0)[:, :, None]
     by_token = by_token.reshape(seqs, queries, heads, head_dim)
     return (
-        jnp.where(sees[..., None], by_token, 0).astype(query.dtype),
+        jnp.where(sees[..., None], by_token, 0),
         jnp.where(sees, log_sum_exp, -jnp.inf),
     )
 

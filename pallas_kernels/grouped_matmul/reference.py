@@ -1,0 +1,26 @@
+"""The meaning of the grouped matrix product, stated as plainly as possible.
+
+Knows nothing about speed: every row fetches a matrix of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def grouped_matmul_reference(
+    rows: Float[Array, "rows in"],
+    weights: Float[Array, "groups out in"],
+    group_sizes: Int[Array, " groups"],
+) -> Float[Array, "rows out"]:
+    """Multiplies one row at a time; see `pallas_kernels.grouped_matmul` for the arguments."""
+    ends = jnp.cumsum(group_sizes)
+
+    def multiply(row: Int[Array, ""]) -> Array:
+        # The first group that ends after this row; rows past the last group have none.
+        group = jnp.sum(ends <= row)
+        weight = weights.at[group].get(mode="fill", fill_value=0).astype(jnp.float32)
+        product = jnp.matmul(weight, rows[row].astype(jnp.float32), precision="highest")
+        return jnp.where(group < ends.size, product, 0).astype(rows.dtype)
+
+    return jax.lax.map(multiply, jnp.arange(rows.shape[0]))

@@ -1,0 +1,276 @@
+"""Measures prefill and decode of a random Mixtral-shaped checkpoint against this machine's limits.
+
+Prints a table and writes JSON. With the golden extra installed, Transformers runs the same
+checkpoint in the same process, alternating with the engine.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_dtypes import bfloat16
+from safetensors.numpy import save_file
+
+import moe_jax
+from host_offload.calibrate import measure_read_rate
+from host_offload.memory import format_bytes
+
+CONFIG = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Makes the random checkpoint, one shard per layer, unless it is there already."""
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    embed, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    head_dim = embed // CONFIG["num_attention_heads"]
+    kv = CONFIG["num_key_value_heads"] * head_dim
+
+    def draw(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5).astype(bfloat16)
+
+    ones = np.ones(embed, bfloat16)
+    shards: dict[str, dict[str, np.ndarray]] = {
+        "model-embeddings.safetensors": {
+            "model.embed_tokens.weight": draw(CONFIG["vocab_size"], embed),
+            "lm_head.weight": draw(CONFIG["vocab_size"], embed),
+            "model.norm.weight": ones,
+        }
+    }
+    for layer in range(CONFIG["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        tensors = {
+            name + "input_layernorm.weight": ones,
+            name + "post_attention_layernorm.weight": ones,
+            name + "self_attn.q_proj.weight": draw(embed, embed),
+            name + "self_attn.k_proj.weight": draw(kv, embed),
+            name + "self_attn.v_proj.weight": draw(kv, embed),
+            name + "self_attn.o_proj.weight": draw(embed, embed),
+            name + "block_sparse_moe.gate.weight": draw(CONFIG["num_local_experts"], embed),
+        }
+        for expert in range(CONFIG["num_local_experts"]):
+            part = f"{name}block_sparse_moe.experts.{expert}."
+            tensors |= {
+                part + "w1.weight": draw(ffn, embed),
+                part + "w3.weight": draw(ffn, embed),
+                part + "w2.weight": draw(embed, ffn),
+            }
+        shards[f"model-layer-{layer}.safetensors"] = tensors
+    index = {}
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def bytes_per_token() -> int:
+    """bfloat16 weight bytes that one decoded token must read."""
+    embed, ffn, layers = (
+        CONFIG[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    kv = embed // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
+    attention = embed * (2 * embed + 2 * kv)
+    experts = CONFIG["num_experts_per_tok"] * 3 * embed * ffn
+    router = CONFIG["num_local_experts"] * embed
+    return 2 * (layers * (attention + experts + router) + CONFIG["vocab_size"] * embed)
+
+
+class Ours:
+    """The engine under test."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace):
+        self.engine = moe_jax.load(
+            folder,
+            device_memory=arguments.device_memory,
+            missing_experts=arguments.missing_experts,
+            max_tokens=arguments.prefill + arguments.decode + 16,
+            max_seqs=1,
+        )
+
+    def prefill(self, prompt: list[int]) -> float:
+        return self._seconds(prompt, 1)[0]
+
+    def decode(self, prompt: list[int], tokens: int) -> float:
+        return self._seconds(prompt, tokens + 1)[1] / tokens
+
+    def _seconds(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        before = self.engine.stats
+        self.engine.generate(prompt, max_tokens=tokens, ignore_eos=True)
+        after = self.engine.stats
+        return (
+            after.prefill_seconds - before.prefill_seconds,
+            after.decode_seconds - before.decode_seconds,
+        )
+
+
+class Transformers:
+    """The same checkpoint in Hugging Face Transformers, bfloat16 on the CPU."""
+
+    def __init__(self, folder: Path):
+        import torch  # noqa: PLC0415 - optional: the golden extra
+        import transformers  # noqa: PLC0415
+
+        self.torch = torch
+        self.version = transformers.__version__
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model.eval()
+
+    def prefill(self, prompt: list[int]) -> float:
+        return self._run(prompt, 0)[0]
+
+    def decode(self, prompt: list[int], tokens: int) -> float:
+        return self._run(prompt, tokens)[1] / tokens
+
+    def _run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        torch = self.torch
+        with torch.inference_mode():
+            start = time.perf_counter()
+            out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+            filled = time.perf_counter()
+            for _ in range(tokens):
+                token = out.logits[:, -1:].argmax(-1)
+                out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+            return filled - start, time.perf_counter() - filled
+
+
+def alternate(repeats: int, *runs: Callable[[], float]) -> list[float]:
+    """The median seconds of each run; A, B, A, B ... so that noise meets all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run()
+    for _ in range(repeats):
+        for slot, run in zip(times, runs, strict=True):
+            slot.append(run())
+    return [statistics.median(slot) for slot in times]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(arguments.checkpoint)
+    write_checkpoint(folder)
+    rng = np.random.default_rng(1)
+    long = rng.integers(0, CONFIG["vocab_size"], arguments.prefill).tolist()
+    short = long[:16]
+    read_rates = [measure_read_rate()]
+    systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
+    print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
+    if not arguments.skip_transformers:
+        systems["transformers"] = Transformers(folder)
+    prefills = alternate(
+        arguments.repeats, *(lambda s=s: s.prefill(long) for s in systems.values())
+    )
+    decodes = []
+    for _ in range(arguments.repeats):
+        decodes.append([s.decode(short, arguments.decode) for s in systems.values()])
+        read_rates.append(measure_read_rate())
+    decode_medians = [statistics.median(column) for column in zip(*decodes, strict=True)]
+    read_rate = statistics.median(read_rates)
+    rows = {}
+    for name, prefill, decode in zip(systems, prefills, decode_medians, strict=True):
+        achieved = bytes_per_token() / decode
+        rows[name] = {
+            "prefill_tokens_per_second": arguments.prefill / prefill,
+            "decode_tokens_per_second": 1 / decode,
+            "decode_bytes_per_second": achieved,
+            "share_of_read_limit": achieved / read_rate,
+        }
+    return {
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__}
+        | ({"transformers": systems["transformers"].version} if "transformers" in systems else {}),
+        "command": " ".join(["python", *sys.argv]),
+        "bytes_per_token": bytes_per_token(),
+        "read_bytes_per_second": read_rate,
+        "rows": rows,
+        "stats": str(systems["moe_jax"].engine.stats),
+    }
+
+
+def describe_machine() -> str:
+    """Processor and core count, from the operating system."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+    cores = len([line for line in lines if line.startswith("processor")])
+    return f"{model or platform.processor()}, {cores} cores, backend {jax.default_backend()}"
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['machine']}, jax {result['versions']['jax']}, {result['date']}",
+        f"read limit {result['read_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{format_bytes(result['bytes_per_token'])} read per token",
+        "",
+        "| system | prefill tokens/s | decode tokens/s | achieved GB/s | of read limit |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['prefill_tokens_per_second']:.0f} "
+            f"| {row['decode_tokens_per_second']:.1f} "
+            f"| {row['decode_bytes_per_second'] / 1e9:.1f} "
+            f"| {row['share_of_read_limit']:.0%} |"
+        )
+    ours, theirs = result["rows"]["moe_jax"], result["rows"].get("transformers")
+    if theirs:
+        ratios = [
+            f"{name} {ours[key] / theirs[key]:.2f} x transformers"
+            for name, key in (
+                ("prefill", "prefill_tokens_per_second"),
+                ("decode", "decode_tokens_per_second"),
+            )
+        ]
+        lines += ["", ", ".join(ratios)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", default="bench_checkpoint", help="folder of the random checkpoint")
+    add("--out", help="file for the JSON result")
+    add("--prefill", type=int, default=512, help="prompt tokens (512)")
+    add("--decode", type=int, default=32, help="tokens per decode run (32)")
+    add("--repeats", type=int, default=7, help="runs whose median counts (7)")
+    add("--device-memory", help="device budget (default: everything fits)")
+    add("--missing-experts", default="auto", help="auto, stream or host")
+    add("--skip-transformers", action="store_true", help="measure only moe_jax")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(table(result))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
