@@ -85,12 +85,16 @@ def write_checkpoint(folder: Path) -> None:
                 part + "w2.weight": draw(embed, ffn),
             }
         shards[f"model-layer-{layer}.safetensors"] = tensors
-    index = {}
+    index: dict[str, str] = {}
+    size = 0
     for file, tensors in shards.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index})
+    )
 
 
 def bytes_per_token() -> int:

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,8 @@ from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, 
 from moe_jax.evaluate.corpus import Document, pack_library, read_library, split_documents
 from moe_jax.model.weights import ModelWeights
 from moe_jax.training.batches import batches, leading_whitespace_splits
-from moe_jax.training.curve import draw_curve
 from moe_jax.training.export import export
-from moe_jax.training.forward import AttentionKernel, cast, forward
+from moe_jax.training.forward import forward
 from moe_jax.training.restore import restore
 from moe_jax.training.step import (
     Metrics,
@@ -58,26 +57,32 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--log", type=pathlib.Path, help="the training.jsonl that --curve draws")
     add("--corpus", type=pathlib.Path, nargs="*", help="library folders or a packed archive")
-    add("--minutes", type=float, default=8, help="wall-clock time for everything")
+    add("--xz", type=float, help="bits per byte of xz, for --curve")
+    add("--minutes", type=float, default=65, help="wall-clock time for everything")
     add("--max-epochs", type=float, default=40, help="stop after so many passes over the text")
     add("--every", type=int, default=1, help="evaluate every n-th held-out file only")
-    add("--seqs", type=int, default=16, help="sequences in a batch")
-    add("--positions", type=int, default=2048, help="tokens in a sequence")
-    add("--peak", type=float, default=3e-3, help="highest learning rate")
-    add("--weight-decay", type=float, default=0.4, help="AdamW decay of matrices")
-    add("--dropout", type=float, default=0.1, help="part of each block's outputs set to zero")
-    add("--balance", type=float, default=0.02, help="weight of the load-balancing loss")
+    add("--tokens", type=int, default=8192, help="tokens in a batch")
+    add("--positions", type=int, default=512, help="tokens in a sequence at first")
+    add("--last-positions", type=int, default=1024, help="tokens in a sequence at the end")
+    add("--last-part", type=float, default=0.2, help="part of the time that is the end")
+    add("--peak", type=float, default=0.02, help="highest learning rate")
+    add("--weight-decay", type=float, default=0.03, help="decay of matrices")
+    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
+    add("--capacity", type=float, default=1.25, help="room in an expert over its fair share")
     add("--split", type=float, default=0.02, help="part of tokens whose whitespace is split off")
-    add("--seed", type=int, default=0, help="weights, order of documents, dropout")
-    add("--attention", choices=["auto", "plain", "cudnn"], default="auto", help="its kernel")
+    add("--resume", type=pathlib.Path, help="the state.npz of an earlier run to go on from")
+    add("--elapsed", type=float, default=0, help="minutes the run to go on from has had")
+    add("--start", type=float, default=0, help="minutes before that run's first step")
+    add("--reserve", type=float, default=1.0, help="minutes for the last measurement")
+    add("--seed", type=int, default=0, help="weights and order of documents")
     add("--vocab", type=int, default=4096, help="entries of the tokenizer")
     add("--embed", type=int, default=256, help="width of the model")
-    add("--layers", type=int, default=8, help="number of layers")
+    add("--layers", type=int, default=6, help="number of layers")
     add("--heads", type=int, default=4, help="query heads")
     add("--kv-heads", type=int, default=2, help="key and value heads")
     add("--head-dim", type=int, default=64, help="width of a head")
     add("--experts", type=int, default=8, help="experts in every layer, two per token")
-    add("--ffn", type=int, default=192, help="hidden width of an expert")
+    add("--ffn", type=int, default=256, help="hidden width of an expert")
     return parser.parse_args()
 
 
@@ -94,17 +99,17 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         rope=RopeConfig(),
         moe_layers=(True,) * args.layers,
         windows=(None,) * args.layers,
-        max_positions=args.positions,
+        max_positions=2048,
         tied_embeddings=True,
     )
 
 
-def make_score(config: ModelConfig, kernel: AttentionKernel) -> Callable[..., tuple]:
+def make_score(config: ModelConfig) -> Callable[..., tuple]:
     """A jitted function from weights, inputs and targets to nats and the experts' shares."""
 
     @nnx.jit
     def score(weights: ModelWeights, inputs: jax.Array, targets: jax.Array) -> tuple:
-        outputs = forward(weights, config, inputs, dtype=jnp.bfloat16, kernel=kernel)
+        outputs = forward(weights, config, inputs, dtype=jnp.bfloat16)
         return token_nats(outputs.logits, targets), outputs.shares
 
     return score
@@ -115,7 +120,7 @@ def bits_per_byte(
     score: Callable[..., tuple],
     documents: Sequence[Document],
     tokenizer: Tokenizer,
-    config: ModelConfig,
+    context: int,
     seqs: int,
 ) -> tuple[float, np.ndarray]:
     """Bits per byte of the documents, and the experts' shares [layers, experts] over them."""
@@ -131,42 +136,33 @@ def bits_per_byte(
         documents,
         lambda text: tokenizer.encode(text).ids,
         end_of_text=tokenizer.token_to_id(END_OF_TEXT),
-        context=config.max_positions,
+        context=context,
         seqs=seqs,
     )
     return result.bits_per_byte, np.mean(jax.device_get(shares), axis=0)
 
 
-def choose_kernel(args: argparse.Namespace, config: ModelConfig) -> AttentionKernel:
-    """cuDNN's attention where this machine can compile it, and says so."""
-    if args.attention != "auto":
-        return args.attention
-    if jax.default_backend() != "gpu":
-        return "plain"
-    a = config.attention
-    query = jnp.zeros((1, args.positions, a.heads, a.head_dim), jnp.bfloat16)
-    key = jnp.zeros((1, args.positions, a.kv_heads, a.head_dim), jnp.bfloat16)
+def save_state(state: State, folder: pathlib.Path) -> None:
+    """Writes what `--resume` needs, under another name first."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    partial = folder / "state.partial.npz"
+    np.savez(partial, *leaves)
+    partial.rename(folder / "state.npz")
 
-    def attend(query: jax.Array, key: jax.Array) -> jax.Array:
-        mixed = jax.nn.dot_product_attention(
-            query, key, key, is_causal=True, implementation="cudnn"
-        )
-        return mixed.astype(jnp.float32).sum()
 
-    try:
-        jax.block_until_ready(jax.jit(jax.grad(attend, argnums=(0, 1)))(query, key))
-    except (RuntimeError, ValueError, NotImplementedError) as problem:
-        print(f"no cuDNN attention here, using the plain one: {problem}", flush=True)
-        return "plain"
-    return "cudnn"
+def load_state(state: State, file: pathlib.Path) -> State:
+    """A saved state of the same shape."""
+    with np.load(file) as saved:
+        leaves = [jnp.asarray(saved[name]) for name in saved.files]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
 def train(args: argparse.Namespace) -> None:
-    began = time.monotonic()
+    began = time.monotonic() - 60 * args.elapsed
     minutes = lambda: (time.monotonic() - began) / 60
     config = model_config(args)
     training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
-    sample = held_out[::8]
+    sample = held_out[::24]
     tokenizer = train_tokenizer([d.text for d in training], args.vocab)
     end = tokenizer.token_to_id(END_OF_TEXT)
     encoded = tokenizer.encode_batch_fast([d.text for d in training])
@@ -179,25 +175,25 @@ def train(args: argparse.Namespace) -> None:
         f"{minutes():.2f} minutes so far",
         flush=True,
     )
-    kernel = choose_kernel(args, config)
     settings = TrainingConfig(
-        dropout=args.dropout,
-        balance=args.balance,
-        weight_decay=args.weight_decay,
-        kernel=kernel,
+        balance=args.balance, weight_decay=args.weight_decay, capacity=args.capacity
     )
     weights = initial_weights(config, args.seed)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(weights)))
     state, step, weights_of = make_step(config, settings, weights)
-    score = make_score(config, kernel)
-    print(f"{count} parameters on {jax.devices()[0]}, {kernel} attention", flush=True)
+    if args.resume:
+        state = load_state(state, args.resume)
+    score = make_score(config)
+    print(f"{count} parameters on {jax.devices()[0]}, jax {jax.__version__}", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    log = (args.out / "training.jsonl").open("w")
+    log = (args.out / "training.jsonl").open("a" if args.resume else "w")
     header = {"settings": dataclasses.asdict(settings), "model": dataclasses.asdict(config)}
     header |= {"arguments": vars(args), "parameters": count, "epoch_tokens": epoch_tokens}
     header |= {"device": str(jax.devices()[0].device_kind), "training_bytes": size}
-    log.write(json.dumps(header, default=str) + "\n")
+    header |= {"jax": jax.__version__, "sample_bytes": sum(d.size for d in sample)}
+    if not args.resume:
+        log.write(json.dumps(header, default=str) + "\n")
 
     def report(state: State, steps: int, window: list[Metrics], measure: bool) -> None:
         nats = float(np.mean([m.nats for m in window]))
@@ -207,55 +203,65 @@ def train(args: argparse.Namespace) -> None:
         line = {
             "step": steps,
             "minutes": round(minutes(), 3),
-            "epochs": round(steps * args.seqs * args.positions / epoch_tokens, 3),
+            "epochs": round(steps * args.tokens / epoch_tokens, 3),
             "loss": round(nats, 4),
             "training_bits_per_byte": round(nats * epoch_tokens / size / math.log(2), 4),
             "least_share": round(float(shares.min()), 3),
             "most_share": round(float(shares.max()), 3),
         }
         if measure:
-            bits, _ = bits_per_byte(weights_of(state), score, sample, tokenizer, config, args.seqs)
+            bits, _ = bits_per_byte(weights_of(state), score, sample, tokenizer, 1024, 4)
             line["held_out_bits_per_byte"] = round(bits, 4)
         log.write(json.dumps(line) + "\n")
         log.flush()
         print(json.dumps(line), flush=True)
 
-    rows = batches(
-        documents,
-        seqs=args.seqs,
-        length=args.positions + 1,
-        pairs=leading_whitespace_splits(tokenizer.get_vocab()),
-        part=args.split,
-        seed=args.seed,
-    )
-    key = jax.random.key(args.seed)
-    max_steps = args.max_epochs * epoch_tokens / (args.seqs * args.positions)
+    pairs = leading_whitespace_splits(tokenizer.get_vocab())
+
+    def rows_of(positions: int, seed: int) -> Iterator[np.ndarray]:
+        return batches(
+            documents,
+            seqs=args.tokens // positions,
+            length=positions + 1,
+            pairs=pairs,
+            part=args.split,
+            seed=seed,
+        )
+
+    rows, late = rows_of(args.positions, args.seed + int(state.step)), False
+    max_steps = args.max_epochs * epoch_tokens / args.tokens
     # The first step compiles; the end needs time for a last measurement and the export.
-    state, first = step(state, next(rows), jnp.float32(0), key)
-    report(state, 0, [jax.device_get(first)], measure=True)
-    start, reserve = minutes(), 0.03 * args.minutes + 0.1
+    state, first = step(state, next(rows), jnp.float32(0))
+    jax.block_until_ready(first)
+    start = args.start if args.resume else minutes()
+    reserve = args.reserve
     if start + reserve >= args.minutes:
         raise SystemExit(f"{start:.1f} minutes went by before training; raise --minutes")
     print(f"training starts at {start:.2f} minutes", flush=True)
-    steps, window, reported, saved = 0, [], start, start
+    steps, window, reported, saved = int(state.step) - 1, [], minutes(), minutes()
     while True:
         progress = max((minutes() - start) / (args.minutes - reserve - start), steps / max_steps)
         if progress >= 1:
             break
+        if progress > 1 - args.last_part and not late:
+            rows, late = rows_of(args.last_positions, args.seed + 1), True
         rate = jnp.float32(learning_rate(progress, args.peak))
-        state, metrics = step(state, next(rows), rate, key)
+        state, metrics = step(state, next(rows), rate)
         window.append(metrics)
         steps += 1
-        if steps % 4 == 0:
+        if steps % 2 == 0:
             jax.block_until_ready(metrics)
-        if minutes() - reported > args.minutes / 40:
+        if minutes() - reported > args.minutes / 100:
             window = jax.device_get(window)
-            report(state, steps, window, measure=minutes() - saved > args.minutes / 10)
+            keep = minutes() - saved > args.minutes / 12
+            report(state, steps, window, measure=keep)
             window, reported = [], minutes()
-            if reported - saved > args.minutes / 10:
+            if keep:
                 saved = reported
                 export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+                save_state(state, args.out)
     export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+    save_state(state, args.out)
     report(state, steps, jax.device_get(window or [metrics]), measure=True)
     log.close()
     print(f"done after {minutes():.2f} minutes and {steps} steps", flush=True)
@@ -284,7 +290,6 @@ def continuation(
 
 def evaluate(args: argparse.Namespace) -> None:
     weights, config = restore(args.evaluate)
-    weights = cast(weights, jnp.bfloat16)
     tokenizer = Tokenizer.from_file(str(args.evaluate / "tokenizer.json"))
     _, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
     held_out = held_out[:: args.every]
@@ -292,8 +297,8 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{len(held_out)} held-out files, {size} bytes")
     for name, solid in (("xz -9e, each file alone", False), ("xz -9e, all files as one", True)):
         print(f"{name:28}{compress_with_xz(held_out, solid=solid).bits_per_byte:8.4f} bits/byte")
-    score = make_score(config, choose_kernel(args, config))
-    bits, shares = bits_per_byte(weights, score, held_out, tokenizer, config, min(args.seqs, 4))
+    score = make_score(config)
+    bits, shares = bits_per_byte(weights, score, held_out, tokenizer, 1024, 4)
     print(f"{'the model':28}{bits:8.4f} bits/byte")
     fair = shares * config.moe.num_experts
     for layer, row in enumerate(fair):
@@ -308,7 +313,9 @@ def main() -> None:
     if args.pack:
         print(f"{pack_library(args.corpus, args.pack)} bytes written to {args.pack}")
     elif args.curve:
-        draw_curve(args.log, args.curve)
+        from moe_jax.training.curve import draw_curve  # matplotlib is in the extra `train`
+
+        draw_curve(args.log, args.curve, args.xz)
     elif args.evaluate:
         evaluate(args)
     else:

@@ -8,10 +8,12 @@ from typing import no_type_check
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
 
 from host_offload.memory import zeros
 from moe_jax.config import ModelConfig
+from pallas_kernels.paged_attention import bits_dtype
 
 PAGE_SIZE = 16
 
@@ -20,10 +22,10 @@ PAGE_SIZE = 16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerKv:
-    """The pages of one layer."""
+    """The pages of one layer, as floats or as the bits of floats (see `storage_dtype`)."""
 
-    keys: Float[Array, "pages page_size kv_heads head_dim"]
-    values: Float[Array, "pages page_size kv_heads head_dim"]
+    keys: Shaped[Array, "pages page_size kv_heads head_dim"]
+    values: Shaped[Array, "pages page_size kv_heads head_dim"]
 
 
 def kv_bytes_per_page(config: ModelConfig, itemsize: int) -> int:
@@ -32,13 +34,19 @@ def kv_bytes_per_page(config: ModelConfig, itemsize: int) -> int:
     return 2 * config.layers * PAGE_SIZE * a.kv_heads * a.head_dim * itemsize
 
 
+def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """How pages of this dtype are kept: as themselves, on the CPU backend as their bits.
+
+    XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change a part of it, integers in place.
+    """
+    return bits_dtype(np.dtype(dtype)) if jax.default_backend() == "cpu" else np.dtype(dtype)
+
+
 def allocate_kv(config: ModelConfig, pages: int, dtype: jax.typing.DTypeLike) -> list[LayerKv]:
     """Empty pages for every layer, in device memory."""
     shape = (pages, PAGE_SIZE, config.attention.kv_heads, config.attention.head_dim)
-    return [
-        LayerKv(zeros(shape, dtype, "device"), zeros(shape, dtype, "device"))
-        for _ in range(config.layers)
-    ]
+    empty = lambda: zeros(shape, storage_dtype(dtype), "device")
+    return [LayerKv(empty(), empty()) for _ in range(config.layers)]
 
 
 def write_kv(
@@ -53,6 +61,8 @@ def write_kv(
     """
 
     def write(pages, rows):
+        if rows.dtype != pages.dtype:
+            rows = lax.bitcast_convert_type(rows, pages.dtype)
         flat = pages.reshape(-1, *pages.shape[2:])
         return flat.at[slot].set(rows, mode="drop").reshape(pages.shape)
 

@@ -13,10 +13,8 @@ thousand arrays reads its whole catalogue for every group of arrays restored fro
 
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
 from moe_jax.checkpoint.accounting import listing
+from moe_jax.checkpoint.interrupts import hold_interrupts
 from moe_jax.checkpoint.json_file import read_json_object
 from moe_jax.checkpoint.marker import (
     MARKER,
@@ -49,7 +48,6 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 PART_BYTES = 1 << 28
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,9 @@ class OrbaxCheckpoint:
                     name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(name))
                     for name, shape in part.arrays.items()
                 }
-                arrays = _finish(_restore, folder.resolve(), wanted)
+                # Interrupted, Orbax goes on reading in threads of its own.
+                with hold_interrupts(), ocp.StandardCheckpointer() as checkpointer:
+                    arrays = checkpointer.restore(folder.resolve(), wanted)
                 for name in part.arrays:
                     array = arrays.pop(name)
                     bar.update(array.nbytes)
@@ -101,6 +101,8 @@ def open_orbax(folder: Path) -> OrbaxCheckpoint:
     raw_config = read_json_object(folder / "config.json")
     config = read_config(raw_config)
     found = {name: shape for part in parts for name, shape in part.arrays.items()}
+    if len(found) != sum(len(part.arrays) for part in parts):
+        raise ValueError(f"{folder / MARKER} is broken: an array lies in two parts")
     expected = expected_targets(config)
     _check_names(f"the arrays in {folder / MARKER}", set(found), set(expected))
     for name, shape in expected.items():
@@ -135,7 +137,7 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, jax.Array], source: Path)
                 shutil.copyfile(source / name, aside / name)
         parts: list[Part] = []
         pending: dict[str, jax.Array] = {}
-        dtype = None
+        pending_bytes, dtype = 0, None
         for name, shape in shapes.items():
             array = arrays[name]
             dtype = dtype or array.dtype
@@ -144,39 +146,22 @@ def save_checkpoint(folder: Path, arrays: Mapping[str, jax.Array], source: Path)
                     f"cannot save {name}: it is {array.dtype}{list(array.shape)}, expected "
                     f"{dtype}{list(shape)}"
                 )
-            if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > PART_BYTES:
+            if pending and pending_bytes + array.nbytes > PART_BYTES:
                 parts.append(_save_part(aside / part_folder(len(parts)), pending))
-                pending = {}
+                pending, pending_bytes = {}, 0
             pending[name] = array
+            pending_bytes += array.nbytes
         parts.append(_save_part(aside / part_folder(len(parts)), pending))
         write_marker(aside, str(dtype), parts)
 
 
 def _save_part(folder: Path, arrays: dict[str, jax.Array]) -> Part:
     """Writes one Orbax checkpoint and lists what it consists of."""
-    _finish(_save, folder, arrays)
-    return Part({name: array.shape for name, array in arrays.items()}, list_files(folder))
-
-
-def _save(folder: Path, arrays: dict[str, jax.Array]) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
+    # Interrupted, Orbax goes on writing in threads of its own while its caller cleans up.
+    with hold_interrupts(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, arrays)
         checkpointer.wait_until_finished()
-
-
-def _restore(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, wanted)
-
-
-def _finish(function: Callable[..., Result], *arguments: object) -> Result:
-    """Calls a function of Orbax; an interrupt is raised only when the function has ended.
-
-    Interrupted itself, Orbax goes on writing in threads of its own after its caller cleaned up.
-    Signals reach the main thread only, and leaving the pool waits for its thread.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(function, *arguments).result()
+    return Part({name: array.shape for name, array in arrays.items()}, list_files(folder))
 
 
 def _check_names(where: str, found: set[str], expected: set[str]) -> None:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 BLOCK_BYTES = 1 << 26  # small enough that an interrupt is answered at once
+SCRATCH_BYTES = 1 << 19  # stays in the processor's cache between reading and converting
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -119,15 +120,16 @@ def read_block(stream: FileIO, tensor: StoredTensor, skip: int, out: Float[np.nd
     stored, flat = DTYPES[tensor.dtype], out.reshape(-1)
     assert out.flags.c_contiguous, "the flat view would be a copy"
     stream.seek(tensor.start + skip * stored.itemsize)
-    block = BLOCK_BYTES // stored.itemsize
-    scratch = None if stored == out.dtype else np.empty(min(block, flat.size), stored)
+    same = stored == out.dtype
+    block = (BLOCK_BYTES if same else SCRATCH_BYTES) // stored.itemsize
+    scratch = None if same else np.empty(min(block, flat.size), stored)
     for begin in range(0, flat.size, block):
         piece = flat[begin : begin + block]
         if scratch is None:
             _read_exactly(stream, tensor, piece.view(np.uint8))
         else:
             _read_exactly(stream, tensor, scratch[: piece.size].view(np.uint8))
-            piece[:] = scratch[: piece.size].astype(out.dtype)
+            np.copyto(piece, scratch[: piece.size], casting="unsafe")
 
 
 def _read_exactly(stream: FileIO, tensor: StoredTensor, out: np.ndarray) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_jax.checkpoint.interrupts import hold_interrupts
+
 
 def check_free(folder: Path) -> None:
     """Raises ValueError unless a folder may be created here: absent or empty, parent present."""
@@ -39,8 +41,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         aside.rename(folder)
         _flush(folder.parent)
     finally:
-        if aside.exists():
-            shutil.rmtree(aside)
+        with hold_interrupts():
+            if aside.exists():
+                shutil.rmtree(aside)
 
 
 def _flush(path: Path) -> None:

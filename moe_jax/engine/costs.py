@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from host_offload.calibrate import measure_link, random_arrays, seconds_of
-from host_offload.host_compute import as_host, on_host
+from host_offload.host_compute import as_host, compiler_options, on_host
 from moe_jax.config import Activation, ModelConfig
 from moe_jax.model.experts import Expert
 from moe_jax.model.ops import gated_ffn
@@ -31,12 +31,13 @@ def _measure(
     ffn = functools.partial(gated_ffn, activation=activation)
     host_expert = Expert(*random_arrays(shapes, dtype, "pinned_host"))
     device_expert = Expert(*random_arrays(shapes, dtype, "device"))
-    on_device = jax.jit(lambda expert, x: ffn(expert.gate_up, expert.down, x))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
+    on_device = jit(lambda expert, x: ffn(expert.gate_up, expert.down, x))
 
     def host_body(expert, x):
         return ffn(expert.gate_up, expert.down, as_host(x))
 
-    hosted = jax.jit(lambda expert, x: on_host(host_body, expert, x))
+    hosted = jit(lambda expert, x: on_host(host_body, expert, x))
     host, device = [], []
     for tokens in _KNOTS:
         (x,) = random_arrays([(tokens, shapes[1][0])], dtype, "device")

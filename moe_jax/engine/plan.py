@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.placement.curves import CostCurves, seconds
+from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.memory_plan import MemoryPlan
 from moe_jax.placement.planner import Mode, plan_layer
 
@@ -37,7 +37,7 @@ class Plan:
 
 def make_plan(config: ModelConfig, memory: MemoryPlan, curves: CostCurves, backend: str) -> Plan:
     """Predicts the decode rate of one sequence whose tokens choose experts evenly."""
-    expert = float(seconds(curves.tokens, curves.device, jnp.float32(1)))
+    expert = float(curves.device_seconds(jnp.int32(1)))
     # Dense weights are read at the rate at which a resident expert's are.
     parts = {"dense weights": memory.dense_bytes / memory.expert_bytes * expert}
     parts |= {"resident experts": 0.0, "link": 0.0, "host": 0.0}
@@ -53,7 +53,7 @@ def make_plan(config: ModelConfig, memory: MemoryPlan, curves: CostCurves, backe
         layer = plan_layer(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
         mode = np.asarray(layer.mode)
         total += float(layer.predicted)
-        host = float(seconds(curves.tokens, curves.host, jnp.float32(1)))
+        host = float(curves.host_seconds(jnp.int32(1)))
         parts["resident experts"] += int((mode == Mode.RESIDENT).sum()) * expert
         parts["link"] += int((mode == Mode.STREAM).sum()) * float(curves.stream)
         parts["host"] += _times(int((mode == Mode.HOST).sum()), host)

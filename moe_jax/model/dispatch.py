@@ -97,10 +97,10 @@ def combine(
     gates: Float[Array, "tokens choices"],
     where: Dispatch,
 ) -> Float[Array, "tokens embed"]:
-    """Sums each token's expert outputs, weighted by its gates, in float32 and in choice order."""
+    """Sums each token's expert outputs, weighted by its gates, in choice order; float32."""
     flat = blocks.reshape(-1, blocks.shape[-1])
     total = jnp.zeros((gates.shape[0], flat.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
         rows = flat.at[where.position[:, choice]].get(mode="fill", fill_value=0)
-        total += gates[:, choice, None] * rows.astype(jnp.float32)
-    return total.astype(blocks.dtype)
+        total += gates[:, choice, None] * rows
+    return total

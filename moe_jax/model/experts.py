@@ -69,12 +69,13 @@ def run_experts(
     mode: Int[Array, " experts"],
     activation: Activation,
 ) -> Float[Array, "blocks rows embed"]:
-    """Computes every block by its expert, in the way `mode` (by address) says.
+    """Computes every block by its expert, in the way `mode` (by address) says; float32.
 
     `where` is in addresses. Rows of blocks that no expert owns are 0.
     """
     ffn = functools.partial(_apply, activation)
-    output = jnp.zeros_like(blocks)
+    # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
+    output = jnp.zeros(blocks.shape, jnp.float32)
     slots = experts.slots
     if isinstance(experts.resident, ExpertBank):
         output = _run_bank(experts.resident, blocks, where, activation)
@@ -90,7 +91,7 @@ def run_experts(
 
 
 def _apply(activation: Activation, expert: Expert, x: Array) -> Array:
-    return gated_ffn(expert.gate_up, expert.down, x, activation)
+    return gated_ffn(expert.gate_up, expert.down, x, activation, jnp.float32)
 
 
 def _selected(chosen: Array) -> tuple[Array, Array]:
@@ -119,7 +120,8 @@ def _run_bank(bank, blocks, where, activation):
     flat = blocks.reshape(-1, embed)
     gate, up = jnp.split(grouped_matmul(flat, bank.gate_up, used), 2, axis=1)
     hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return grouped_matmul(hidden.astype(flat.dtype), bank.down, used).reshape(blocks.shape)
+    down = grouped_matmul(hidden.astype(flat.dtype), bank.down, used)
+    return down.reshape(blocks.shape).astype(jnp.float32)
 
 
 def _run_on_host(host, blocks, where, mode, slots, ffn):
@@ -140,7 +142,7 @@ def _run_on_host(host, blocks, where, mode, slots, ffn):
             return lax.dynamic_update_index_in_dim(output, y, block, 0)
 
         # Not zeros: an array made from nothing would be device-typed.
-        return lax.fori_loop(0, count, run, blocks * 0)
+        return lax.fori_loop(0, count, run, blocks.astype(jnp.float32) * 0)
 
     return on_host(body, host, blocks, chosen, count, where.block_expert)
 

@@ -100,7 +100,7 @@ def mix_experts(
     plan = plan_layer(where.counts, resident, curves)
     blocks = gather_blocks(x, where)
     blocks = run_experts(experts, blocks, where, plan.mode, config.activation)
-    y = combine(blocks, gates, where)
+    y = combine(blocks, gates, where).astype(x.dtype)
     if weights.shared is not None:
         y = y + shared_expert(weights.shared, x, config)
     by_mode = jnp.bincount(plan.mode, length=len(Mode)).astype(jnp.int32)

@@ -3,6 +3,8 @@
 Knows arrays only, not where they live.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import assert_never
 
@@ -20,16 +22,48 @@ def multiply_columns(
     """Returns weight · columns, accumulated and returned in float32.
 
     The weight comes first and the tokens are columns because XLA:CPU then reads a bfloat16 weight
-    at memory speed; with a single column it would convert the whole weight to float32 instead, so
-    a second column of zeros is added there.
+    at memory speed from two columns on. A single column has a form of its own there.
     """
-    tokens = columns.shape[1]
-    if tokens == 1 and jax.default_backend() == "cpu":
-        columns = jnp.pad(columns, ((0, 0), (0, 1)))
-    product = lax.dot_general(
+    if columns.shape[1] == 1 and weight.dtype == jnp.bfloat16 and _runs_on_cpu(weight):
+        return _multiply_one_column(weight, columns)
+    return lax.dot_general(
         weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return product[:, :tokens]
+
+
+def _runs_on_cpu(weight: Array) -> bool:
+    """Whether XLA:CPU compiles the product: on that backend, and in host computations on any."""
+    in_host_memory = jax.typeof(weight).memory_space == jax.memory.Space.Host
+    return in_host_memory or jax.default_backend() == "cpu"
+
+
+# XLA:CPU fuses a sum of at most this many products of slices without converting the weight first.
+_MOST_TERMS = 14
+
+
+def _multiply_one_column(
+    weight: Float[Array, "out in"], column: Float[Array, "in 1"]
+) -> Float[Array, "out 1"]:
+    """Multiplies a bfloat16 matrix with one vector on XLA:CPU.
+
+    As a dot it would become a float32 copy of the weight, or with a column of padding a kernel
+    made for sixteen columns. A sum over slices becomes one vectorised loop that reads the weight
+    as it is: `lanes` partial sums per row, folded by a second, small product.
+    """
+    inputs = weight.shape[1]
+    lanes = 32
+    while lanes * _MOST_TERMS < inputs:
+        lanes *= 2
+    if inputs % lanes:
+        padded = jnp.pad(column, ((0, 0), (0, 1)))
+        return multiply_columns(weight, padded)[:, :1]
+    vector = column[:, 0].astype(jnp.float32)
+    parts = [slice(first, first + lanes) for first in range(0, inputs, lanes)]
+    partial = functools.reduce(
+        operator.add, (weight[:, p].astype(jnp.float32) * vector[None, p] for p in parts)
+    )
+    ones = jnp.ones((lanes, 1), jnp.float32)
+    return jnp.dot(partial, jax.device_put(ones, jax.typeof(weight).memory_space))
 
 
 def linear(
@@ -39,7 +73,7 @@ def linear(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
-    if jax.default_backend() == "cpu" and x.shape[0] < 64:
+    if _runs_on_cpu(weight) and x.shape[0] < 64:
         # XLA:CPU would fold the transpose into the product and then refuse its element types.
         y = lax.optimization_barrier(multiply_columns(weight, x.T)).T
     else:
@@ -79,9 +113,14 @@ def gated_ffn(
     down: Float[Array, "embed ffn"],
     x: Float[Array, "tokens embed"],
     activation: Activation,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens embed"]:
-    """Returns down · (activation(gate · x) * (up · x)) per token, in the dtype of x."""
+    """Returns down · (activation(gate · x) * (up · x)) per token.
+
+    Sums are float32, the hidden values have the dtype of x, the result has `dtype` (None: that of
+    x).
+    """
     gate, up = jnp.split(multiply_columns(gate_up, x.T), 2, axis=0)
     hidden = (activate(activation)(gate) * up).astype(x.dtype)
     # The barrier keeps the transpose out of the product: XLA:CPU refuses the folded form.
-    return lax.optimization_barrier(multiply_columns(down, hidden)).T.astype(x.dtype)
+    return lax.optimization_barrier(multiply_columns(down, hidden)).T.astype(dtype or x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from host_offload.host_compute import OVERLAP_OPTIONS
+from host_offload.host_compute import compiler_options
 from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.experts import LayerExperts
@@ -57,7 +57,7 @@ class LayerProgram:
             layer,
             static_argnames="max_query_length",
             donate_argnames=("kv", "x", "tally"),
-            compiler_options=OVERLAP_OPTIONS if jax.default_backend() == "gpu" else None,
+            compiler_options=compiler_options(),
         )
 
     def __call__(
@@ -91,7 +91,7 @@ class Programs:
         self._config = config
         self._layer_programs: dict = {}
         self._embed = jax.jit(functools.partial(self._embed_step, pages, page_size))
-        self._head = jax.jit(self._head_rows)
+        self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
 
     def layer(self, graph: nnx.GraphDef, window: int | None) -> LayerProgram:
         """The program for layers of this structure and attention window."""

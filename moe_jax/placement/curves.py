@@ -1,6 +1,6 @@
-"""What one expert costs, by the number of tokens it is given, and what bringing it over costs.
+"""What one expert costs on the host, on the device and on the link between them.
 
-Plain numbers of one machine and one expert shape; who measured them is not known here.
+Knows numbers only: who measured them, and on what, is recorded elsewhere.
 """
 
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
-@no_type_check  # jax rebuilds it with other leaves in the fields
+@no_type_check  # jax rebuilds it with shapes, shardings and batched leaves in the fields
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CostCurves:
-    """Seconds, all float32; infinity means never.
+    """The costs of one kind of expert, all experts of it having equal bytes; float32 seconds.
 
     Attributes:
-      tokens: the token counts of the knots, increasing, the first at least 1.
-      host: one expert on that many tokens, on the host.
-      device: the same on the device, weights already there.
-      stream: bringing one expert's weights over the link.
-      host_launch: starting the host computation at all.
-      link_latency: starting the first transfer.
-      memory: the host memory's time to read one expert, whoever reads it.
+      tokens: token counts at which the curves were taken; increasing, the first at least 1.
+      host: one expert on that many tokens, computed on the host by all its threads. Should not
+        decrease; infinite: never use the host.
+      device: the same on the device, its weights being there. Finite.
+      stream: bringing one expert's weights over the link. Infinite: never stream.
+      host_launch: starting the host computation, once per layer if any expert runs there.
+      link_latency: starting the first transfer of a layer.
+      memory: reading one expert from host memory at the full rate, whoever reads it.
     """
 
     tokens: Float[Array, " knots"]
@@ -35,19 +36,27 @@ class CostCurves:
     link_latency: Float[Array, ""]
     memory: Float[Array, ""]
 
+    def host_seconds(self, n: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Seconds for one expert on n tokens on the host."""
+        return seconds(self.tokens, self.host, n)
+
+    def device_seconds(self, n: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Seconds for one expert on n tokens on the device, its weights being there."""
+        return seconds(self.tokens, self.device, n)
+
 
 def seconds(
-    knots: Float[Array, " knots"], curve: Float[Array, " knots"], tokens: Float[Array, "*counts"]
-) -> Float[Array, "*counts"]:
-    """The curve at these token counts: linear between knots, flat before the first.
+    tokens: Float[Array, " knots"], curve: Float[Array, " knots"], n: Int[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Reads a curve at n tokens: linear between knots, constant before the first one.
 
-    Past the last knot it goes on with the last slope. A curve of infinities stays infinite.
+    Past the last knot the last slope goes on. Knots may be infinite; past a finite knot that is
+    followed by an infinite one, the curve is infinite.
     """
-    inside = jnp.interp(tokens, knots, curve)
-    if knots.shape[0] == 1:
-        return inside
-    slope = (curve[-1] - curve[-2]) / (knots[-1] - knots[-2])
-    # Infinity minus infinity has no slope.
-    slope = jnp.where(jnp.isfinite(slope), slope, 0)
-    beyond = inside + slope * jnp.maximum(tokens - knots[-1], 0)
-    return jnp.where(jnp.isinf(curve[0]), jnp.inf, beyond)
+    n = jnp.maximum(n.astype(jnp.float32), tokens[0])
+    slope = jnp.diff(curve) / jnp.diff(tokens)
+    slope = jnp.where(jnp.isnan(slope), 0, slope)  # between two infinite knots
+    slope = jnp.concatenate([slope, slope[-1:] if slope.size else jnp.zeros(1)])
+    knot = jnp.sum(n[..., None] >= tokens[1:].reshape((1,) * n.ndim + (-1,)), axis=-1)
+    past = n - tokens[knot]
+    return curve[knot] + jnp.where(past > 0, slope[knot] * past, 0)

@@ -1,7 +1,21 @@
-"""Decides per expert of one layer call: run where it is, bring its weights over, or use the host.
+"""Where each expert of a layer runs in this call: exact, jitted, a pure function of numbers.
 
-The decision minimises the time until device, link and host have all finished. Knows token counts
-and cost curves; nothing about weights.
+Knows neither clocks nor devices: token counts, residency and cost curves come in, a plan goes out.
+
+The layer takes as long as its busiest resource. With S the experts that are streamed and H those
+that run on the host (the missing experts are split between the two):
+
+    host    host_launch + the host seconds of H, one expert after another
+    device  the device seconds of the resident experts and of S, and no sooner than S arrives:
+            link_latency + j * stream for the j-th; largest first is optimal (Johnson's rule)
+    memory  memory * (experts in S and H)
+
+If all missing experts share one curve each, the host curve does not decrease and the device curve
+is flat over their counts, some prefix of them in order of falling counts is an optimal S: swapping
+a streamed expert for a host one with more tokens changes no other term and shortens the host's.
+So all prefixes are scored and the first best one is taken; being the shortest, it moves the fewest
+bytes. Where the device curve is not flat, `LayerPlan.lower_bound` tells how far from the optimum
+the plan can be at most.
 """
 
 import enum
@@ -10,32 +24,31 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.placement.curves import CostCurves, seconds
+from moe_jax.placement.curves import CostCurves
 
 
 class Mode(enum.IntEnum):
-    """Where an expert runs in one layer call."""
+    """How one expert runs in one call."""
 
-    IDLE = 0
-    RESIDENT = 1
-    STREAM = 2
-    HOST = 3
+    IDLE = 0  # it got no token
+    RESIDENT = 1  # on the device, its weights being there
+    STREAM = 2  # on the device, its weights brought over for this call
+    HOST = 3  # on the host
 
 
-@no_type_check  # jax rebuilds it with other leaves in the fields
+@no_type_check  # jax rebuilds it with shapes, shardings and batched leaves in the fields
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """The decision for one layer call.
+    """The plan of one layer in one call.
 
     Attributes:
-      mode: a `Mode` per expert.
-      streams: how many experts are brought over.
-      predicted: seconds until everything has finished.
-      lower_bound: seconds no choice of experts to stream can beat.
+      mode: int32, a `Mode` per expert.
+      streams: int32, how many experts are streamed.
+      predicted: float32 seconds the layer's experts take. Infinite: no plan can be executed.
+      lower_bound: float32 seconds that no split of the missing experts can beat.
     """
 
     mode: Int[Array, " experts"]
@@ -48,77 +61,64 @@ def plan_layer(
     counts: Int[Array, " experts"],
     resident: Bool[Array, " experts"],
     curves: CostCurves,
-    max_streams: int | None = None,
+    max_streams: int | Int[Array, ""] | None = None,
 ) -> LayerPlan:
-    """Plans one layer call from each expert's tokens and whether it is resident.
+    """Chooses for every expert with tokens: resident, streamed or host.
 
-    Of the missing experts, sorted by falling token count, the best set to stream is a prefix: a
-    swap that streams the busier of two experts never lengthens any of the three times, as long as
-    the host's cost does not fall with tokens and the device's is equal for both. All prefixes are
-    scored at once; the first best one moves the fewest bytes. Where the device's cost differs
-    between experts the plan is within (largest - smallest) of it, and `lower_bound` says how far.
+    Equal counts are streamed in the order of their ids. The objective, the theorem and the bound
+    are this project's; the choice by token count is Fiddler's (arXiv 2402.07033).
+
+    Args:
+      counts: tokens routed to each expert, not negative.
+      resident: whether an expert's weights are on the device.
+      curves: costs of the layer's experts.
+      max_streams: at most this many experts are streamed (free slots); None: no limit.
     """
     experts = counts.shape[0]
-    active = counts > 0
-    missing = active & ~resident
-    tokens = counts.astype(jnp.float32)
-    host_cost = seconds(curves.tokens, curves.host, tokens)
-    device_cost = seconds(curves.tokens, curves.device, tokens)
-    resident_seconds = jnp.sum(jnp.where(active & resident, device_cost, 0))
-    order = jnp.argsort(jnp.where(missing, -counts, 1), stable=True)
-    is_missing = missing[order]
-    total_missing = jnp.sum(missing, dtype=jnp.int32)
-    prefix = jnp.arange(experts + 1, dtype=jnp.int32)
+    counts = counts.astype(jnp.int32)
+    missing = (counts > 0) & ~resident
+    count = jnp.sum(missing)
+    ids = jnp.arange(experts, dtype=jnp.int32)
+    # Falling counts, equal ones by id; experts that are not missing come last, as zeros.
+    negated, order = jax.lax.sort((jnp.where(missing, -counts, 0), ids), num_keys=1)
+    host = jnp.where(negated < 0, curves.host_seconds(-negated), 0)
+    device = jnp.where(negated < 0, curves.device_seconds(-negated), 0)
+    busy = jnp.where(resident & (counts > 0), curves.device_seconds(counts), 0).sum()
 
-    link = _times(prefix.astype(jnp.float32), curves.stream)
-    link = jnp.where(prefix > 0, link + curves.link_latency, 0)
-    host = _suffix_sums(jnp.where(is_missing, host_cost[order], 0))
-    host = host + jnp.where(prefix < total_missing, curves.host_launch, 0)
-    streamed = jnp.where(is_missing, device_cost[order], 0)
-    device = resident_seconds + _prefix_sums(streamed)
-    # The device cannot compute what the link has not delivered: after the j-th arrival it still
-    # has the work of experts j and later.
-    arrivals = jnp.where(is_missing, link[1:] - _prefix_sums(streamed)[:-1], -jnp.inf)
-    waiting = _prefix_sums(streamed) + jnp.append(-jnp.inf, lax.cummax(arrivals))
-    device = jnp.maximum(device, waiting)
-    memory = _times(total_missing.astype(jnp.float32), curves.memory)
+    # Candidate m streams the first m, m = 0 .. experts. The host's rest is summed from the end:
+    # as a difference of running sums it would be NaN for infinite costs.
+    m = jnp.arange(experts + 1, dtype=jnp.int32)
+    launch = jnp.where(m < count, curves.host_launch, 0)
+    on_host = launch + jnp.append(jax.lax.cumsum(host, reverse=True), 0.0)
+    done = jnp.append(0.0, jax.lax.cumsum(device))
+    # The device works without a pause from the arrival of some j-th expert to the end.
+    arrival = curves.link_latency + m[1:].astype(jnp.float32) * curves.stream
+    after_link = done[1:] + jax.lax.cummax(arrival - done[:-1])
+    after_link = jnp.append(0.0, after_link)
+    memory = count.astype(jnp.float32) * curves.memory
+    total = jnp.maximum(jnp.maximum(on_host, busy + done), jnp.maximum(after_link, memory))
 
-    makespan = jnp.maximum(jnp.maximum(host, link), jnp.maximum(device, memory))
-    allowed = prefix <= total_missing
-    if max_streams is not None:
-        allowed &= prefix <= max_streams
-    makespan = jnp.where(allowed, makespan, jnp.inf)
-    streams = jnp.argmin(makespan).astype(jnp.int32)
+    allowed = m <= count if max_streams is None else m <= jnp.minimum(count, max_streams)
+    total = jnp.where(allowed, total, jnp.inf)
+    best = jnp.argmin(total)
 
-    rank = jnp.zeros(experts, jnp.int32).at[order].set(jnp.arange(experts, dtype=jnp.int32))
-    missing_mode = jnp.where(rank < streams, Mode.STREAM, Mode.HOST)
-    mode = jnp.where(resident, Mode.RESIDENT, missing_mode)
-    cheapest = jnp.sort(jnp.where(missing, device_cost, jnp.inf))
-    bound = jnp.maximum(
-        jnp.maximum(host, memory),
-        jnp.maximum(
-            jnp.where(prefix > 0, link + cheapest[0], 0),
-            resident_seconds + _prefix_sums(jnp.where(jnp.isinf(cheapest), 0, cheapest)),
-        ),
-    )
+    # For any S of m experts: the host cannot have less to do than without the m largest, the link
+    # must bring m and one must run after it, and the device has at least the m shortest to do.
+    shortest = jnp.sort(jnp.where(negated < 0, device, jnp.inf))
+    least_device = busy + jnp.append(0.0, jax.lax.cumsum(shortest))
+    least_link = jnp.append(0.0, arrival + shortest[0])
+    bound = jnp.maximum(jnp.maximum(on_host, least_device), jnp.maximum(least_link, memory))
+    bound = jnp.where(allowed, bound, jnp.inf).min()
+
+    # An expert is streamed if it does not come after the last one that is.
+    last_rank = jnp.maximum(best - 1, 0)
+    last_negated, last_id = negated[last_rank], order[last_rank]
+    before = (-counts < last_negated) | ((-counts == last_negated) & (ids <= last_id))
+    placed = jnp.where(before & (best > 0), Mode.STREAM.value, Mode.HOST.value)
+    placed = jnp.where(resident, Mode.RESIDENT.value, placed)
     return LayerPlan(
-        mode=jnp.where(active, mode, Mode.IDLE).astype(jnp.int32),
-        streams=streams,
-        predicted=makespan[streams],
-        lower_bound=jnp.min(jnp.where(allowed, bound, jnp.inf)),
+        mode=jnp.where(counts > 0, placed, Mode.IDLE.value).astype(jnp.int32),
+        streams=best.astype(jnp.int32),
+        predicted=total[best],
+        lower_bound=jnp.minimum(bound, total[best]),  # equal but for rounding, where it is tight
     )
-
-
-def _prefix_sums(x: Float[Array, " n"]) -> Float[Array, " n+1"]:
-    """Sums of the first 0, 1, ... n entries."""
-    return jnp.append(jnp.float32(0), jnp.cumsum(x))
-
-
-def _suffix_sums(x: Float[Array, " n"]) -> Float[Array, " n+1"]:
-    """Sums of all but the first 0, 1, ... n entries; no difference, so infinities are safe."""
-    return jnp.append(jnp.cumsum(x[::-1])[::-1], jnp.float32(0))
-
-
-def _times(count: Float[Array, "*n"], cost: Float[Array, ""]) -> Float[Array, "*n"]:
-    """count · cost, where nothing of an infinite cost is nothing."""
-    return jnp.where(count > 0, count * cost, 0)

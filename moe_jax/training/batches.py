@@ -27,7 +27,7 @@ def split_some(
     pairs: Int[np.ndarray, "vocab 2"],
     part: float,
     generator: np.random.Generator,
-) -> Int[np.ndarray, " tokens"]:
+) -> Int[np.ndarray, " more_tokens"]:
     """Splits off the leading whitespace of a part of the tokens that have any.
 
     A prompt that ends in a space or a line end is then nothing new to the model.

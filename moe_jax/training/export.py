@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.weights import ModelWeights
+from moe_jax.training.forward import check_trainable
 
 _INDEX = "model.safetensors.index.json"
 
@@ -29,18 +30,7 @@ def hugging_face_config(config: ModelConfig, end_of_text: int) -> dict[str, Any]
       ValueError: the model has a part that qwen3_moe cannot express.
     """
     a, moe = config.attention, config.moe
-    plain = (
-        a.qk_norm == "head"
-        and not (a.qkv_bias or a.output_bias)
-        and a.clip_qkv is None
-        and moe.shared_ffn is None
-        and config.rope.kind == "default"
-        and all(config.moe_layers)
-        and not any(config.windows)
-        and config.activation == "silu"
-    )
-    if config.family != "qwen3_moe" or not plain:
-        raise ValueError(f"only a plain qwen3_moe model can be written, got {config}")
+    check_trainable(config)
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

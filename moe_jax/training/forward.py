@@ -1,45 +1,110 @@
-"""The differentiable forward pass: whole sequences at once, every expert computed for every token.
+"""The differentiable forward pass: whole sequences at once.
 
 Knows no cache, no pages and no placement. In float32 its logits equal the engine's.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from moe_jax.config import Activation, ModelConfig
-from moe_jax.model.attention import project_output, project_qkv
-from moe_jax.model.ops import activate, rms_norm
-from moe_jax.model.rope import rope_angles
-from moe_jax.model.router import route
-from moe_jax.model.weights import LayerWeights, ModelWeights
-from moe_jax.training.losses import balance_loss, expert_shares
-
-AttentionKernel = Literal["plain", "cudnn"]
+from moe_jax.config import ModelConfig
+from moe_jax.model.rope import rope_angles, rotate
+from moe_jax.model.weights import AttentionWeights, ModelWeights
+from moe_jax.training.attention import causal_attention
+from moe_jax.training.mixture import mixture
+from moe_jax.training.norm import rms_norm
+from moe_jax.training.products import multiply_transposed, project
 
 
-class Outputs(NamedTuple):
-    """What a forward pass returns.
+class Hidden(NamedTuple):
+    """What the layers return.
 
     Attributes:
-      logits: float32.
-      balance: the load-balancing loss of each layer of experts.
-      shares: the part of all choices that fell on each expert, per layer of experts.
+      states: after the last norm, in the dtype of the products.
+      balance: the load-balancing loss of each layer.
+      shares: the part of all choices that fell on each expert, per layer.
     """
 
-    logits: Float[Array, "seqs positions vocab"]
+    states: Float[Array, "tokens embed"]
     balance: Float[Array, " layers"]
     shares: Float[Array, "layers experts"]
 
 
-def cast(weights: ModelWeights, dtype: jnp.dtype) -> ModelWeights:
-    """The same weights in another dtype; differentiable."""
-    graph, state = nnx.split(weights)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+class Outputs(NamedTuple):
+    """Logits in float32, and the experts' shares of all choices."""
+
+    logits: Float[Array, "seqs positions vocab"]
+    shares: Float[Array, "layers experts"]
+
+
+def check_trainable(config: ModelConfig) -> None:
+    """Raises ValueError unless the model is the plain kind of qwen3_moe that is trained here."""
+    a = config.attention
+    plain = (
+        config.family == "qwen3_moe"
+        and a.qk_norm == "head"
+        and not (a.qkv_bias or a.output_bias)
+        and a.clip_qkv is None
+        and config.moe.shared_ffn is None
+        and config.rope.kind == "default"
+        and all(config.moe_layers)
+        and not any(config.windows)
+        and config.activation == "silu"
+    )
+    if not plain:
+        raise ValueError(
+            "only a qwen3_moe model with experts in every layer, plain rope and no sliding window "
+            f"can be trained, got {config}"
+        )
+
+
+def hidden_states(
+    weights: ModelWeights,
+    config: ModelConfig,
+    tokens: Int[Array, "seqs positions"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    capacity: float | None = None,
+) -> Hidden:
+    """Runs all layers over whole sequences, each from position 0.
+
+    Args:
+      weights: made with `with_experts=True`, in any dtype.
+      config: the model.
+      tokens: token ids.
+      dtype: of activations and products; norms, softmax and routing are float32.
+      capacity: see `moe_jax.training.mixture`; None is exact.
+
+    Raises:
+      ValueError: the model is of a kind that is not trained here.
+    """
+    check_trainable(config)
+    seqs, positions = tokens.shape
+    place = jnp.tile(jnp.arange(positions, dtype=jnp.int32), seqs)
+    angles = rope_angles(
+        config.rope, config.attention.head_dim, place, jnp.full_like(place, positions)
+    )
+    x = weights.embedding[...][tokens.reshape(-1)].astype(dtype)
+    balance, shares = [], []
+    for layer in weights.layers:
+        normed = rms_norm(x, layer.attention_norm[...], config.norm_epsilon)
+        x = x + _attend(layer.attention, config, normed, angles, seqs)
+        normed = rms_norm(x, layer.ffn_norm[...], config.norm_epsilon)
+        y, layer_balance, layer_shares = mixture(layer, config, normed, capacity)
+        x = x + y
+        balance.append(layer_balance)
+        shares.append(layer_shares)
+    x = rms_norm(x, weights.final_norm[...], config.norm_epsilon)
+    return Hidden(x, jnp.stack(balance), jnp.stack(shares))
+
+
+def output_table(weights: ModelWeights) -> Float[Array, "vocab embed"]:
+    """The matrix that turns states into logits."""
+    table = weights.embedding if weights.unembedding is None else weights.unembedding
+    return table[...]
 
 
 def forward(
@@ -47,149 +112,37 @@ def forward(
     config: ModelConfig,
     tokens: Int[Array, "seqs positions"],
     *,
-    dtype: jnp.dtype = jnp.float32,
-    dropout: float = 0.0,
-    key: Key[Array, ""] | None = None,
-    kernel: AttentionKernel = "plain",
+    dtype: DTypeLike = jnp.float32,
+    capacity: float | None = None,
 ) -> Outputs:
-    """Runs the model over whole sequences, each from position 0.
-
-    Args:
-      weights: made with `with_experts=True`, in any dtype.
-      config: the model.
-      tokens: token ids.
-      dtype: what activations and products are computed in; norms, softmax, routing and logits are
-        float32 always.
-      dropout: the part of the embedding's and of each block's outputs that is set to zero.
-      key: randomness for dropout.
-      kernel: "plain" holds all scores in memory; "cudnn" does not, and needs a GPU and bfloat16.
-    """
-    if dropout and key is None:
-        raise ValueError(f"dropout={dropout} needs a key")
-    seqs, positions = tokens.shape
-    # The table is read before it is cast: its gradient is a sum over many tokens.
-    x = weights.embedding[...][tokens.reshape(-1)].astype(dtype)
-    compute = cast(weights, dtype)
-    place = jnp.tile(jnp.arange(positions, dtype=jnp.int32), seqs)
-    length = jnp.full_like(place, positions)
-    angles = rope_angles(config.rope, config.attention.head_dim, place, length)
-    keys = iter([] if key is None else jax.random.split(key, 1 + 2 * config.layers))
-
-    def drop(y: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
-        if not dropout:
-            return y
-        keep = jax.random.bernoulli(next(keys), 1 - dropout, y.shape)
-        return jnp.where(keep, y / (1 - dropout), jnp.zeros_like(y))
-
-    x = drop(x)
-    balance, shares = [], []
-    for layer, window in zip(compute.layers, config.windows, strict=True):
-        normed = rms_norm(x, layer.attention_norm[...], config.norm_epsilon)
-        x = x + drop(_attention(layer, config, normed, angles, seqs, window, kernel))
-        normed = rms_norm(x, layer.ffn_norm[...], config.norm_epsilon)
-        if layer.router is None:
-            ffn = layer.ffn
-            y = _gated(ffn.gate_up[...], ffn.down[...], normed, config.activation)
-        else:
-            y, layer_balance, layer_shares = _mixture(layer, config, normed)
-            balance.append(layer_balance)
-            shares.append(layer_shares)
-        x = x + drop(y)
-    x = rms_norm(x, compute.final_norm[...], config.norm_epsilon)
-    table = compute.embedding if compute.unembedding is None else compute.unembedding
-    logits = _product(x, table[...]).astype(jnp.float32)
-    return Outputs(
-        logits.reshape(seqs, positions, -1),
-        jnp.stack(balance),
-        jnp.stack(shares),
-    )
+    """The logits of every position; arguments and errors as in `hidden_states`."""
+    hidden = hidden_states(weights, config, tokens, dtype=dtype, capacity=capacity)
+    logits = multiply_transposed(hidden.states, output_table(weights).astype(dtype))
+    return Outputs(logits.reshape(*tokens.shape, -1), hidden.shares)
 
 
-def _product(
-    x: Float[Array, "tokens in"], weight: Float[Array, "out in"]
-) -> Float[Array, "tokens out"]:
-    """x · weightᵀ in the dtype of x, so that the gradient's products are in that dtype too."""
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
-
-
-def _attention(
-    layer: LayerWeights,
+def _attend(
+    attention: AttentionWeights,
     config: ModelConfig,
     x: Float[Array, "tokens embed"],
     angles: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]],
     seqs: int,
-    window: int | None,
-    kernel: AttentionKernel,
 ) -> Float[Array, "tokens embed"]:
-    """Causal attention of every sequence over itself."""
-    parts = project_qkv(layer.attention, x, *angles, config)
-    query, key, value = (part.reshape(seqs, -1, *part.shape[1:]) for part in parts)
-    if kernel == "plain":
-        mixed = _plain_attention(query, key, value, window)
-    else:
-        mixed = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=kernel,
-        )
-    return project_output(layer.attention, mixed.reshape(-1, *mixed.shape[2:]))
-
-
-def _plain_attention(
-    query: Float[Array, "seqs positions heads head_dim"],
-    key: Float[Array, "seqs positions kv_heads head_dim"],
-    value: Float[Array, "seqs positions kv_heads head_dim"],
-    window: int | None,
-) -> Float[Array, "seqs positions heads head_dim"]:
-    """Softmax over every earlier position in the window, in float32."""
-    seqs, positions, heads, head_dim = query.shape
-    grouped = query.reshape(seqs, positions, key.shape[2], -1, head_dim)
-    scores = jnp.einsum("sqkgd,spkd->skgqp", grouped, key).astype(jnp.float32)
-    age = jnp.arange(positions)[:, None] - jnp.arange(positions)[None, :]
-    seen = (age >= 0) & (age < (positions if window is None else window))
-    scores = jnp.where(seen[None, None, None], scores * head_dim**-0.5, -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("skgqp,spkd->sqkgd", probabilities, value)
-    return mixed.reshape(seqs, positions, heads, head_dim)
-
-
-def _gated(
-    gate_up: Float[Array, "two_ffn embed"],
-    down: Float[Array, "embed ffn"],
-    x: Float[Array, "tokens embed"],
-    activation: Activation,
-) -> Float[Array, "tokens embed"]:
-    gate, up = jnp.split(_product(x, gate_up), 2, axis=1)
-    return _product(activate(activation)(gate) * up, down)
-
-
-def _mixture(
-    layer: LayerWeights, config: ModelConfig, x: Float[Array, "tokens embed"]
-) -> tuple[Float[Array, "tokens embed"], Float[Array, ""], Float[Array, " experts"]]:
-    """Every expert on every token, then the gates: two large products, no gathering.
-
-    For a handful of small experts this wastes little and keeps a GPU busy. The gates scale the
-    hidden values, so that the second product also sums over experts.
-    """
-    moe = config.moe
-    gates, chosen, probabilities = route(layer.router[...], x, moe)
-    gate_up, down = layer.experts.gate_up[...], layer.experts.down[...]
-    flat = gate_up.reshape(-1, config.embed)
-    hidden = _product(x, flat).reshape(-1, moe.num_experts, 2 * moe.ffn)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    chosen_by = jax.nn.one_hot(chosen, moe.num_experts, dtype=jnp.float32)
-    weight = jnp.einsum("tc,tce->te", gates, chosen_by).astype(x.dtype)
-    hidden = activate(config.activation)(gate) * up * weight[:, :, None]
-    y = lax.dot_general(
-        hidden.reshape(x.shape[0], -1),
-        down.transpose(0, 2, 1).reshape(-1, config.embed),
-        (((1,), (0,)), ((), ())),
+    a = config.attention
+    parts = project(x, attention.qkv[...]).reshape(x.shape[0], -1, a.head_dim)
+    query, key, value = jnp.split(parts, [a.heads, a.heads + a.kv_heads], axis=1)
+    assert attention.query_norm is not None and attention.key_norm is not None, "no q/k norm"
+    query = _norm_heads(query, attention.query_norm[...], config.norm_epsilon)
+    key = _norm_heads(key, attention.key_norm[...], config.norm_epsilon)
+    query, key, value = (
+        part.reshape(seqs, -1, *part.shape[1:])
+        for part in (rotate(query, *angles), rotate(key, *angles), value)
     )
-    if layer.shared is not None:
-        shared = layer.shared.ffn
-        common = _gated(shared.gate_up[...], shared.down[...], x, config.activation)
-        y = y + jax.nn.sigmoid(_product(x, layer.shared.gate[...])) * common
-    return y, balance_loss(probabilities, chosen), expert_shares(chosen, moe.num_experts)
+    mixed = causal_attention(query, key, value)
+    return project(mixed.reshape(x.shape[0], -1), attention.output[...])
+
+
+def _norm_heads(
+    x: Float[Array, "tokens heads head_dim"], scale: Float[Array, " head_dim"], epsilon: float
+) -> Float[Array, "tokens heads head_dim"]:
+    return rms_norm(x.reshape(-1, scale.size), scale, epsilon).reshape(x.shape)

@@ -1,15 +1,20 @@
 """What training minimises: the tokens' nats, and a penalty on uneven use of experts."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from moe_jax.training.products import multiply, multiply_transposed, transpose
+
+_CHUNK = 2048
 
 
 def expert_shares(
     chosen: Int[Array, "tokens choices"], num_experts: int
 ) -> Float[Array, " experts"]:
     """The part of all choices that fell on each expert; sums to 1."""
-    counts = jnp.bincount(chosen.reshape(-1), length=num_experts)
-    return counts.astype(jnp.float32) / chosen.size
+    is_chosen = chosen.reshape(-1)[:, None] == jnp.arange(num_experts)[None, :]
+    return is_chosen.astype(jnp.float32).mean(axis=0)
 
 
 def balance_loss(
@@ -23,3 +28,50 @@ def balance_loss(
     num_experts = probabilities.shape[-1]
     shares = expert_shares(chosen, num_experts)
     return num_experts * jnp.sum(shares * probabilities.mean(axis=0))
+
+
+@jax.custom_vjp
+def mean_nats(
+    x: Float[Array, "tokens embed"],
+    table: Float[Array, "vocab embed"],
+    targets: Int[Array, " tokens"],
+) -> Float[Array, ""]:
+    """Mean of minus the log probability of each target under the logits x · tableᵀ.
+
+    Logits and their gradient exist for a few tokens at a time only, and are made once: the forward
+    pass computes the gradients too.
+    """
+    return _mean_nats_forward(x, table, targets)[0]
+
+
+def _mean_nats_forward(
+    x: Array, table: Array, targets: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    narrow = table.astype(x.dtype)
+    turned = transpose(narrow)
+    total, dtable, dx = jnp.float32(0), jnp.zeros(table.shape, jnp.float32), []
+    for start in range(0, x.shape[0], _CHUNK):
+        part, target = x[start : start + _CHUNK], targets[start : start + _CHUNK]
+        # [vocab, tokens]: sums over the first of two axes are vectorised, over the last not.
+        logits = multiply_transposed(narrow, part)
+        top = logits.max(axis=0, keepdims=True)
+        weights = jnp.exp(logits - top)
+        sums = weights.sum(axis=0, keepdims=True)
+        is_target = target[None, :] == jnp.arange(table.shape[0])[:, None]
+        at_target = jnp.where(is_target, logits, 0).sum(axis=0)
+        total = total + (jnp.log(sums[0]) + top[0] - at_target).sum()
+        dlogits = (weights / sums - is_target.astype(jnp.float32)).astype(x.dtype)
+        dx.append(transpose(multiply(turned, dlogits)))
+        dtable = dtable + multiply(dlogits, part)
+    dx = (jnp.concatenate(dx) / x.shape[0]).astype(x.dtype)
+    return total / x.shape[0], (dx, (dtable / x.shape[0]).astype(table.dtype), targets)
+
+
+def _mean_nats_backward(
+    saved: tuple[Array, Array, Array], scale: Array
+) -> tuple[Array, Array, None]:
+    dx, dtable, _ = saved
+    return dx * scale.astype(dx.dtype), dtable * scale.astype(dtable.dtype), None
+
+
+mean_nats.defvjp(_mean_nats_forward, _mean_nats_backward)

@@ -1,4 +1,4 @@
-"""One optimisation step: loss, gradient, AdamW.
+"""One optimisation step: loss, gradient, Muon for matrices and Adam for the rest.
 
 Knows no data and no clock: the learning rate is an argument.
 """
@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from moe_jax.config import ModelConfig
-from moe_jax.evaluate.compression import token_nats
 from moe_jax.model.weights import ModelWeights
-from moe_jax.training.forward import AttentionKernel, forward
+from moe_jax.training.forward import hidden_states, output_table
+from moe_jax.training.losses import mean_nats
+from moe_jax.training.muon import muon_update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,18 +25,18 @@ class TrainingConfig:
     """How a model is trained.
 
     Attributes:
-      dropout: see `moe_jax.training.forward`.
       balance: the weight of the load-balancing loss, summed over layers.
-      weight_decay: per step and unit of learning rate, on matrices only.
-      max_gradient: gradients are scaled down to this norm.
-      kernel: the attention's implementation.
+      weight_decay: per step and unit of learning rate, on the matrices Muon moves.
+      adam_rate: Adam's learning rate (embedding, router, norms) in units of Muon's.
+      capacity: room in each expert, see `moe_jax.training.mixture`.
+      momentum: Muon's.
     """
 
-    dropout: float
     balance: float
     weight_decay: float
-    max_gradient: float = 1.0
-    kernel: AttentionKernel = "plain"
+    adam_rate: float = 0.15
+    capacity: float | None = 1.25
+    momentum: float = 0.95
 
 
 class State(NamedTuple):
@@ -56,19 +57,57 @@ class Metrics(NamedTuple):
 
 def initial_weights(config: ModelConfig, seed: int) -> ModelWeights:
     """Random weights; what writes into the residual stream is smaller the more layers there are."""
-    weights = ModelWeights(config, jnp.float32, nnx.Rngs(seed), with_experts=True)
+    weights = ModelWeights(config, jnp.dtype(jnp.float32), nnx.Rngs(seed), with_experts=True)
     scale = (2 * config.layers) ** -0.5
     for layer in weights.layers:
-        outputs = [layer.attention.output]
-        if layer.router is None:
-            outputs.append(layer.ffn.down)
-        else:
-            outputs.append(layer.experts.down)
-            # Near-uniform routing at first: the balance loss has not had its say yet.
-            layer.router[...] = layer.router[...] * 0.1
-        for output in outputs:
+        assert layer.router is not None and layer.experts is not None, "a layer without experts"
+        for output in (layer.attention.output, layer.experts.down):
             output[...] = output[...] * scale
+        # Near-uniform routing at first: the balance loss has not had its say yet.
+        layer.router[...] = layer.router[...] * 0.1
     return weights
+
+
+def stacked_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:
+    """Rows of the matrices a parameter of this name is made of; None: it is left to Adam."""
+    a = config.attention
+    if "qkv" in name:
+        return (a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim)
+    if "gate_up" in name:
+        return (config.moe.ffn, config.moe.ffn)
+    if "down" in name or "output" in name:
+        return (config.embed,)
+    return None
+
+
+def make_optimiser(
+    config: ModelConfig, training: TrainingConfig
+) -> optax.GradientTransformationExtraArgs:
+    """Directions of one unit of learning rate; to be subtracted after scaling by the rate."""
+
+    def orthogonal(updates: PyTree[Array], _: PyTree[Array] | None) -> PyTree[Array]:
+        return jax.tree.map_with_path(
+            lambda path, leaf: muon_update(
+                leaf, stacked_rows(config, jax.tree_util.keystr(path)) or ()
+            ),
+            updates,
+        )
+
+    def labels(parameters: PyTree[Array]) -> PyTree[str]:
+        return jax.tree.map_with_path(
+            lambda path, _: "muon" if stacked_rows(config, jax.tree_util.keystr(path)) else "adam",
+            parameters,
+        )
+
+    muon = optax.chain(
+        optax.trace(training.momentum, nesterov=True),
+        optax.stateless(orthogonal),
+        optax.add_decayed_weights(training.weight_decay),
+    )
+    adam = optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-10), optax.scale(training.adam_rate)
+    )
+    return optax.partition({"muon": muon, "adam": adam}, labels)
 
 
 def make_step(
@@ -76,44 +115,29 @@ def make_step(
 ) -> tuple[State, Callable[..., tuple[State, Metrics]], Callable[[State], ModelWeights]]:
     """Returns the first state, the jitted step, and a function from state back to weights.
 
-    The step takes (state, rows [seqs, positions + 1], learning rate, key) and donates the state.
+    The step takes (state, rows [seqs, positions + 1], learning rate) and donates the state.
     Products are bfloat16, parameters and moments float32.
     """
     graph, parameters = nnx.split(weights)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(training.max_gradient),
-        optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
-        optax.add_decayed_weights(
-            training.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-        ),
-    )
+    optimiser = make_optimiser(config, training)
 
     def loss(
-        parameters: PyTree[Array], rows: Int[Array, "seqs length"], key: Key[Array, ""]
+        parameters: PyTree[Array], rows: Int[Array, "seqs length"]
     ) -> tuple[Float[Array, ""], Metrics]:
-        outputs = forward(
-            nnx.merge(graph, parameters),
-            config,
-            rows[:, :-1],
-            dtype=jnp.bfloat16,
-            dropout=training.dropout,
-            key=key,
-            kernel=training.kernel,
+        weights = nnx.merge(graph, parameters)
+        hidden = hidden_states(
+            weights, config, rows[:, :-1], dtype=jnp.bfloat16, capacity=training.capacity
         )
-        nats = token_nats(outputs.logits, rows[:, 1:]).mean()
-        balance = outputs.balance.sum()
+        nats = mean_nats(hidden.states, output_table(weights), rows[:, 1:].reshape(-1))
+        balance = hidden.balance.sum()
         total = nats + training.balance * balance
-        return total, Metrics(nats, balance / config.layers, outputs.shares)
+        return total, Metrics(nats, balance / config.layers, hidden.shares)
 
     @jax.jit(donate_argnums=0)
     def step(
-        state: State,
-        rows: Int[Array, "seqs length"],
-        learning_rate: Float[Array, ""],
-        key: Key[Array, ""],
+        state: State, rows: Int[Array, "seqs length"], learning_rate: Float[Array, ""]
     ) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.weights, rows, key)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.weights, rows)
         # optax relies on promotion, which our tests forbid.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, moments = optimiser.update(gradient, state.optimiser, state.weights)
@@ -124,11 +148,10 @@ def make_step(
     return first, step, lambda state: nnx.merge(graph, state.weights)
 
 
-def learning_rate(progress: float, peak: float, warm_up: float = 0.02) -> float:
-    """Rises linearly, then falls linearly to 0; progress runs from 0 to 1.
-
-    A long linear decay to zero suits many passes over little text (arXiv:2502.15938).
-    """
-    if progress < warm_up:
-        return peak * max(progress, 1e-3) / warm_up
-    return peak * max(0.0, 1 - progress) / (1 - warm_up)
+def learning_rate(
+    progress: float, peak: float, warm_up: float = 0.02, decay: float = 0.45
+) -> float:
+    """Rises linearly, stays, and falls linearly to 0; progress runs from 0 to 1."""
+    rising = max(progress, 1e-3) / warm_up
+    falling = (1 - progress) / decay
+    return peak * max(0.0, min(1.0, rising, falling))

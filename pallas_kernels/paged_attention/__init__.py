@@ -6,6 +6,7 @@ Knows arrays, not models: no projections, no rotary positions, no cache bookkeep
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, no_type_check, overload
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choose import choose
@@ -121,7 +122,8 @@ def paged_attention(
         "sliding_window": sliding_window,
         "soft_cap": soft_cap,
     }
-    arrays = (query, key_pages, value_pages, block_tables, query_starts, kv_lengths, sinks)
-    check_arguments(*arrays, **options)
-    output, log_sum_exp = attend(*arrays, **options)
+    integers = (block_tables, query_starts, kv_lengths)
+    check_arguments(query, key_pages, value_pages, *integers, sinks, **options)
+    integers = (array.astype(jnp.int32) for array in integers)
+    output, log_sum_exp = attend(query, key_pages, value_pages, *integers, sinks, **options)
     return (output, log_sum_exp) if return_log_sum_exp else output

@@ -63,9 +63,9 @@ def paged_attention_xla(
     return form(
         query,
         cache,
-        block_tables.astype(jnp.int32),
-        query_starts.astype(jnp.int32),
-        kv_lengths.astype(jnp.int32),
+        block_tables,
+        query_starts,
+        kv_lengths,
         sinks,
         max_query_length,
     )
@@ -94,6 +94,7 @@ def _few_queries(
     output, log_sum_exp = _attend(
         padded, position, real, block_tables, kv_lengths, sinks, cache, _DECODE_KEYS
     )
+    # Lanes past a sequence's end would land on rows of the next one, in no defined order.
     target = jnp.where(real, token, tokens)
     return (
         jnp.zeros_like(query).at[target].set(output.astype(query.dtype), mode="drop"),
@@ -160,8 +161,8 @@ def _attend(
 ) -> tuple[Float[Array, "seqs queries heads head_dim"], Float[Array, "seqs queries heads"]]:
     """Attends from `queries` tokens of every sequence, those that are real, to its keys.
 
-    Results are float32. Each sequence starts at its own first block with a visible key; the loop runs as often as the
-    sequence with most blocks needs.
+    Each sequence starts at its own first block with a visible key; the loop runs as often as the
+    sequence with most blocks needs. Results are float32.
     """
     seqs, queries, heads, head_dim = query.shape
     page_size, kv_heads = cache.key_pages.shape[1:3]

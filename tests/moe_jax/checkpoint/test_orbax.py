@@ -237,6 +237,14 @@ def test_marker_that_lacks_a_part(saved):
         open_checkpoint(saved)
 
 
+def test_marker_that_lists_an_array_twice(saved):
+    marker = json.loads((saved / MARKER).read_text())
+    marker["parts"][1]["arrays"] |= marker["parts"][0]["arrays"]
+    (saved / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match=rf"{MARKER} is broken: an array lies in two parts"):
+        open_checkpoint(saved)
+
+
 def test_source_is_not_needed_after_saving(saved, model, load, memory):
     shutil.rmtree(model[0])
     load(open_checkpoint(saved), "bfloat16", memory)

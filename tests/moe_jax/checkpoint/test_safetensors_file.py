@@ -46,7 +46,8 @@ def test_reads_what_the_library_writes(tmp_path):
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
 def test_converts_and_skips(tmp_path, make_safetensors, monkeypatch, stored, wanted):
-    monkeypatch.setattr(safetensors_file, "BLOCK_BYTES", 32)  # several blocks, the last ragged
+    for limit in ("BLOCK_BYTES", "SCRATCH_BYTES"):  # several blocks, the last ragged
+        monkeypatch.setattr(safetensors_file, limit, 32)
     stored, wanted = (np.dtype(getattr(ml_dtypes, d, d)) for d in (stored, wanted))
     array = np.random.default_rng(0).standard_normal((7, 5), np.float32).astype(stored)
     file = tmp_path / "model.safetensors"

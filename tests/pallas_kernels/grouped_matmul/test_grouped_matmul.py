@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def check(sizes, unused_rows, dtype, implementation, seed=0):
 
     expected = np.zeros((used + unused_rows, 40))
     starts = np.cumsum([0, *sizes])
-    for group, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for group, (start, end) in enumerate(itertools.pairwise(starts)):
         matrix = np.asarray(weights[group], np.float64)
         expected[start:end] = np.asarray(rows[start:end], np.float64) @ matrix.T
     assert result.dtype == rows.dtype

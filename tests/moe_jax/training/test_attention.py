@@ -1,0 +1,29 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.training.attention import causal_attention
+from tests.tolerances import assert_close
+
+
+def plain(query, key, value):
+    """Every head with its own copy of the keys, no blocks."""
+    copies = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(part, copies, axis=2) for part in (key, value))
+    scores = jnp.einsum("sqhd,sphd->shqp", query, key) * query.shape[-1] ** -0.5
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    probabilities = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("shqp,sphd->sqhd", probabilities, value)
+
+
+@pytest.mark.parametrize(("positions", "heads", "kv_heads"), [(1, 2, 2), (9, 4, 1), (150, 4, 2)])
+def test_values_and_gradients_are_those_of_plain_attention(positions, heads, kv_heads):
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = lambda key, heads: jax.random.normal(key, (2, positions, heads, 8))
+    query, key, value = draw(keys[0], heads), draw(keys[1], kv_heads), draw(keys[2], kv_heads)
+    mixed, gradient = jax.vjp(causal_attention, query, key, value)
+    expected, expected_gradient = jax.vjp(plain, query, key, value)
+    assert_close(mixed, expected)
+    dmixed = draw(keys[3], heads)
+    for actual, wanted in zip(gradient(dmixed), expected_gradient(dmixed), strict=True):
+        assert_close(actual, wanted)
