@@ -13,7 +13,8 @@ from jax.experimental import compute_on as _compute_on
 
 # jax 0.10 has the function form as compute_on2; later releases call it compute_on.
 _offload: Callable[..., Any] = getattr(_compute_on, "compute_on2", None) or getattr(
-    _compute_on, "compute_on"  # noqa: B009 - the type checker sees the older function of the name
+    _compute_on,
+    "compute_on",  # noqa: B009 - the type checker sees the older function of the name
 )
 
 

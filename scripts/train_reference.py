@@ -34,7 +34,7 @@ from moe_jax.training.step import (
     learning_rate,
     make_step,
 )
-from moe_jax.training.tokenizer import END_OF_TEXT, train_tokenizer
+from moe_jax.training.tokenizer import end_of_text_id, train_tokenizer
 
 PROMPTS = (
     "def fibonacci(n):",
@@ -135,7 +135,7 @@ def bits_per_byte(
         nats,
         documents,
         lambda text: tokenizer.encode(text).ids,
-        end_of_text=tokenizer.token_to_id(END_OF_TEXT),
+        end_of_text=end_of_text_id(tokenizer),
         context=context,
         seqs=seqs,
     )
@@ -164,7 +164,7 @@ def train(args: argparse.Namespace) -> None:
     training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
     sample = held_out[::24]
     tokenizer = train_tokenizer([d.text for d in training], args.vocab)
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text_id(tokenizer)
     encoded = tokenizer.encode_batch_fast([d.text for d in training])
     documents = [np.asarray([*e.ids, end], np.int32) for e in encoded]
     epoch_tokens = sum(d.size for d in documents)
@@ -231,8 +231,8 @@ def train(args: argparse.Namespace) -> None:
     rows, late = rows_of(args.positions, args.seed + int(state.step)), False
     max_steps = args.max_epochs * epoch_tokens / args.tokens
     # The first step compiles; the end needs time for a last measurement and the export.
-    state, first = step(state, next(rows), jnp.float32(0))
-    jax.block_until_ready(first)
+    state, metrics = step(state, next(rows), jnp.float32(0))
+    jax.block_until_ready(metrics)
     start = args.start if args.resume else minutes()
     reserve = args.reserve
     if start + reserve >= args.minutes:
@@ -258,9 +258,9 @@ def train(args: argparse.Namespace) -> None:
             window, reported = [], minutes()
             if keep:
                 saved = reported
-                export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+                export(weights_of(state), config, tokenizer, args.out)
                 save_state(state, args.out)
-    export(weights_of(state), config, tokenizer, END_OF_TEXT, args.out)
+    export(weights_of(state), config, tokenizer, args.out)
     save_state(state, args.out)
     report(state, steps, jax.device_get(window or [metrics]), measure=True)
     log.close()
@@ -279,11 +279,11 @@ def continuation(
         logits = forward(weights, config, row[None], dtype=jnp.bfloat16).logits
         return logits[0, last].argmax()
 
-    row = np.full(context, tokenizer.token_to_id(END_OF_TEXT), np.int32)
+    row = np.full(context, end_of_text_id(tokenizer), np.int32)
     row[: len(ids)] = ids
     for place in range(len(ids), context):
-        row[place] = following(weights, row, jnp.int32(place - 1))
-        if row[place] == tokenizer.token_to_id(END_OF_TEXT):
+        row[place] = following(weights, jnp.asarray(row), jnp.int32(place - 1))
+        if row[place] == end_of_text_id(tokenizer):
             break
     return tokenizer.decode(row[: place + 1].tolist(), skip_special_tokens=True)
 
@@ -313,7 +313,8 @@ def main() -> None:
     if args.pack:
         print(f"{pack_library(args.corpus, args.pack)} bytes written to {args.pack}")
     elif args.curve:
-        from moe_jax.training.curve import draw_curve  # matplotlib is in the extra `train`
+        # Only this needs matplotlib.
+        from moe_jax.training.curve import draw_curve  # noqa: PLC0415
 
         draw_curve(args.log, args.curve, args.xz)
     elif args.evaluate:

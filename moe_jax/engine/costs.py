@@ -40,7 +40,7 @@ def _measure(
     hosted = jit(lambda expert, x: on_host(host_body, expert, x))
     host, device = [], []
     for tokens in _KNOTS:
-        (x,) = random_arrays([(tokens, shapes[1][0])], dtype, "device")
+        (x,) = random_arrays([(shapes[1][0], tokens)], dtype, "device")
         host.append(seconds_of(lambda x=x: hosted(host_expert, x)))
         device.append(seconds_of(lambda x=x: on_device(device_expert, x)))
     link = measure_link(host_expert)

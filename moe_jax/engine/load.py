@@ -7,7 +7,12 @@ from pathlib import Path
 
 import jax
 
-from host_offload.memory import device_memory_bytes, host_memory_bytes, parse_bytes
+from host_offload.memory import (
+    device_memory_bytes,
+    host_memory_bytes,
+    keep_freed_memory,
+    parse_bytes,
+)
 from moe_jax.cache.paged_kv import PAGE_SIZE
 from moe_jax.checkpoint import open_checkpoint
 from moe_jax.checkpoint.chat import read_chat_template
@@ -53,6 +58,8 @@ def load(
     Raises ValueError for anything that cannot be loaded or does not fit, before weights are read.
     """
     weights_dtype = read_dtype(dtype)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     for name, value in (("max_tokens", max_tokens), ("max_seqs", max_seqs)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -87,18 +87,18 @@ def dispatch(
 
 def gather_blocks(
     x: Float[Array, "tokens embed"], where: Dispatch
-) -> Float[Array, "blocks rows embed"]:
-    """Copies each block's tokens together; empty rows are 0."""
-    return x.at[where.source].get(mode="fill", fill_value=0)
+) -> Float[Array, "blocks embed rows"]:
+    """Copies each block's tokens together, one token per column; empty columns are 0."""
+    return x.at[where.source].get(mode="fill", fill_value=0).swapaxes(1, 2)
 
 
 def combine(
-    blocks: Float[Array, "blocks rows embed"],
+    blocks: Float[Array, "blocks embed rows"],
     gates: Float[Array, "tokens choices"],
     where: Dispatch,
 ) -> Float[Array, "tokens embed"]:
     """Sums each token's expert outputs, weighted by its gates, in choice order; float32."""
-    flat = blocks.reshape(-1, blocks.shape[-1])
+    flat = blocks.swapaxes(1, 2).reshape(-1, blocks.shape[1])
     total = jnp.zeros((gates.shape[0], flat.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
         rows = flat.at[where.position[:, choice]].get(mode="fill", fill_value=0)

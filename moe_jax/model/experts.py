@@ -64,14 +64,14 @@ class LayerExperts:
 
 def run_experts(
     experts: LayerExperts,
-    blocks: Float[Array, "blocks rows embed"],
+    blocks: Float[Array, "blocks embed rows"],
     where: Dispatch,
     mode: Int[Array, " experts"],
     activation: Activation,
-) -> Float[Array, "blocks rows embed"]:
+) -> Float[Array, "blocks embed rows"]:
     """Computes every block by its expert, in the way `mode` (by address) says; float32.
 
-    `where` is in addresses. Rows of blocks that no expert owns are 0.
+    `where` is in addresses. Blocks that no expert owns are 0.
     """
     ffn = functools.partial(_apply, activation)
     # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
@@ -91,7 +91,7 @@ def run_experts(
 
 
 def _apply(activation: Activation, expert: Expert, x: Array) -> Array:
-    return gated_ffn(expert.gate_up, expert.down, x, activation, jnp.float32)
+    return gated_ffn(expert.gate_up, expert.down, x, activation)
 
 
 def _selected(chosen: Array) -> tuple[Array, Array]:
@@ -115,13 +115,13 @@ def _run_resident(resident, blocks, where, ffn, output):
 def _run_bank(bank, blocks, where, activation):
     """Runs the blocks of resident experts as grouped products over the bank."""
     slots = bank.gate_up.shape[0]
-    rows, embed = blocks.shape[1:]
+    count, embed, rows = blocks.shape
     used = (where.counts[:slots] + rows - 1) // rows * rows
-    flat = blocks.reshape(-1, embed)
+    flat = blocks.swapaxes(1, 2).reshape(-1, embed)
     gate, up = jnp.split(grouped_matmul(flat, bank.gate_up, used), 2, axis=1)
     hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     down = grouped_matmul(hidden.astype(flat.dtype), bank.down, used)
-    return down.reshape(blocks.shape).astype(jnp.float32)
+    return down.reshape(count, rows, embed).swapaxes(1, 2).astype(jnp.float32)
 
 
 def _run_on_host(host, blocks, where, mode, slots, ffn):
@@ -149,7 +149,7 @@ def _run_on_host(host, blocks, where, mode, slots, ffn):
 
 def _run_streamed(host, blocks, where, mode, slots, ffn, output):
     """Brings the experts in mode STREAM over, fetching one while the one before computes."""
-    rows = blocks.shape[1]
+    rows = blocks.shape[2]
     chosen, count = _selected(mode == Mode.STREAM)
     fetches = [functools.partial(as_device, expert) for expert in host]
 

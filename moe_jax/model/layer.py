@@ -12,7 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.attention import project_output, project_qkv
 from moe_jax.model.dispatch import combine, dispatch, gather_blocks
 from moe_jax.model.experts import LayerExperts, run_experts
-from moe_jax.model.ops import gated_ffn, linear, rms_norm
+from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
 from moe_jax.model.router import route
 from moe_jax.model.step import StepState
 from moe_jax.model.weights import LayerWeights, SharedExpertWeights
@@ -75,7 +75,7 @@ def run_layer(
     if weights.ffn is not None:
         with jax.named_scope("dense_ffn"):
             ffn = weights.ffn
-            y = gated_ffn(ffn.gate_up[...], ffn.down[...], normed, config.activation)
+            y = gated_ffn_rows(ffn.gate_up[...], ffn.down[...], normed, config.activation)
             return x + y, kv, tally
     assert experts is not None, "a layer with a router was given no experts"
     with jax.named_scope("experts"):
@@ -112,5 +112,5 @@ def shared_expert(
     weights: SharedExpertWeights, x: Float[Array, "tokens embed"], config: ModelConfig
 ) -> Float[Array, "tokens embed"]:
     """The expert of every token, scaled by the sigmoid of its gate."""
-    y = gated_ffn(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
+    y = gated_ffn_rows(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
     return jax.nn.sigmoid(linear(weights.gate[...], x)) * y

@@ -74,7 +74,7 @@ def linear(
 ) -> Float[Array, "tokens out"]:
     """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
     if _runs_on_cpu(weight) and x.shape[0] < 64:
-        # XLA:CPU would fold the transpose into the product and then refuse its element types.
+        # XLA:CPU would fold the outer transpose into the product and refuse its element types.
         y = lax.optimization_barrier(multiply_columns(weight, x.T)).T
     else:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -111,16 +111,25 @@ def activate(name: Activation) -> Callable[[Array], Array]:
 def gated_ffn(
     gate_up: Float[Array, "two_ffn embed"],
     down: Float[Array, "embed ffn"],
+    columns: Float[Array, "embed tokens"],
+    activation: Activation,
+) -> Float[Array, "embed tokens"]:
+    """Returns down · (activation(gate · x) * (up · x)) per column, in float32.
+
+    The hidden values have the dtype of the columns.
+    """
+    gate, up = jnp.split(multiply_columns(gate_up, columns), 2, axis=0)
+    hidden = (activate(activation)(gate) * up).astype(columns.dtype)
+    return multiply_columns(down, hidden)
+
+
+def gated_ffn_rows(
+    gate_up: Float[Array, "two_ffn embed"],
+    down: Float[Array, "embed ffn"],
     x: Float[Array, "tokens embed"],
     activation: Activation,
-    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens embed"]:
-    """Returns down · (activation(gate · x) * (up · x)) per token.
-
-    Sums are float32, the hidden values have the dtype of x, the result has `dtype` (None: that of
-    x).
-    """
-    gate, up = jnp.split(multiply_columns(gate_up, x.T), 2, axis=0)
+    """`gated_ffn` for one token per row, in the dtype of x."""
+    gate, up = jnp.split(linear(gate_up, x, dtype=jnp.float32), 2, axis=1)
     hidden = (activate(activation)(gate) * up).astype(x.dtype)
-    # The barrier keeps the transpose out of the product: XLA:CPU refuses the folded form.
-    return lax.optimization_barrier(multiply_columns(down, hidden)).T.astype(dtype or x.dtype)
+    return linear(down, hidden)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -111,7 +112,7 @@ class Programs:
         final_norm: Float[Array, " embed"],
         unembedding: Float[Array, "vocab embed"],
         x: Float[Array, "tokens embed"],
-        rows: Int[Array, " rows"],
+        rows: Int[np.ndarray, " rows"],
     ) -> Float[Array, "rows vocab"]:
         """The float32 logits of the chosen rows."""
         return self._head(final_norm, unembedding, x, rows)

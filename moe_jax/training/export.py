@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from moe_jax.config import ModelConfig
 from moe_jax.model.weights import ModelWeights
 from moe_jax.training.forward import check_trainable
+from moe_jax.training.tokenizer import END_OF_TEXT, end_of_text_id
 
 _INDEX = "model.safetensors.index.json"
 
@@ -73,25 +74,28 @@ def named_tensors(weights: ModelWeights, config: ModelConfig) -> dict[str, Array
     tensors = {"model.embed_tokens.weight": weights.embedding[...]}
     for index, layer in enumerate(weights.layers):
         name = f"model.layers.{index}."
-        query, key, value = jnp.split(layer.attention.qkv[...], cuts, axis=0)
+        attention, router, experts = layer.attention, layer.router, layer.experts
+        assert router is not None and experts is not None, "a layer without experts"
+        assert attention.query_norm is not None and attention.key_norm is not None, "no q/k norm"
+        query, key, value = jnp.split(attention.qkv[...], cuts, axis=0)
         tensors |= {
             name + "input_layernorm.weight": layer.attention_norm[...],
             name + "self_attn.q_proj.weight": query,
             name + "self_attn.k_proj.weight": key,
             name + "self_attn.v_proj.weight": value,
-            name + "self_attn.o_proj.weight": layer.attention.output[...],
-            name + "self_attn.q_norm.weight": layer.attention.query_norm[...],
-            name + "self_attn.k_norm.weight": layer.attention.key_norm[...],
+            name + "self_attn.o_proj.weight": attention.output[...],
+            name + "self_attn.q_norm.weight": attention.query_norm[...],
+            name + "self_attn.k_norm.weight": attention.key_norm[...],
             name + "post_attention_layernorm.weight": layer.ffn_norm[...],
-            name + "mlp.gate.weight": layer.router[...],
+            name + "mlp.gate.weight": router[...],
         }
         for expert in range(config.moe.num_experts):
             part = f"{name}mlp.experts.{expert}."
-            gate, up = jnp.split(layer.experts.gate_up[...][expert], 2, axis=0)
+            gate, up = jnp.split(experts.gate_up[...][expert], 2, axis=0)
             tensors |= {
                 part + "gate_proj.weight": gate,
                 part + "up_proj.weight": up,
-                part + "down_proj.weight": layer.experts.down[...][expert],
+                part + "down_proj.weight": experts.down[...][expert],
             }
     tensors["model.norm.weight"] = weights.final_norm[...]
     if weights.unembedding is not None:
@@ -103,12 +107,16 @@ def export(
     weights: ModelWeights,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    end_of_text: str,
     folder: pathlib.Path,
     *,
     shard_bytes: int = 13_000_000,
 ) -> None:
-    """Writes the model in bfloat16 with its tokenizer, in as few shards as the limit allows."""
+    """Writes the model in bfloat16 with its tokenizer, in as few shards as the limit allows.
+
+    Raises:
+      ValueError: the model is of a kind that is not trained here, or the tokenizer is.
+    """
+    token = end_of_text_id(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, tensor in named_tensors(weights, config).items():
@@ -123,7 +131,6 @@ def export(
         _write(folder / file, _safetensors(shard))
     total = sum(value.nbytes for shard in shards for value in shard.values())
     _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    token = tokenizer.token_to_id(end_of_text)
     _write_json(folder / "config.json", hugging_face_config(config, token))
     _write_json(
         folder / "generation_config.json",
@@ -134,7 +141,7 @@ def export(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": end_of_text,
+            "eos_token": END_OF_TEXT,
             "model_max_length": config.max_positions,
             "clean_up_tokenization_spaces": False,
         },

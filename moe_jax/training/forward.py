@@ -5,7 +5,6 @@ Knows no cache, no pages and no placement. In float32 its logits equal the engin
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int

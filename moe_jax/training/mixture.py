@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.router import route
-from moe_jax.model.weights import LayerWeights
-from moe_jax.training.losses import balance_loss, expert_shares
+from moe_jax.model.weights import ExpertBankWeights, LayerWeights
 from moe_jax.training.expert_bank import run_experts
+from moe_jax.training.losses import balance_loss, expert_shares
 
 
 def mixture(
@@ -32,16 +32,16 @@ def mixture(
         layer.router[...].astype(jnp.float32), x.astype(jnp.float32), moe
     )
     if capacity is None:
-        y = _everywhere(layer, config, x, gates, chosen)
+        y = _everywhere(layer.experts, config, x, gates, chosen)
     else:
         room = int(capacity * chosen.size / moe.num_experts)
         room = min(x.shape[0], -(-room // 16) * 16)
-        y = _dispatched(layer, config, x, gates, chosen, room)
+        y = _dispatched(layer.experts, config, x, gates, chosen, room)
     return y, balance_loss(probabilities, chosen), expert_shares(chosen, moe.num_experts)
 
 
 def _everywhere(
-    layer: LayerWeights,
+    bank: ExpertBankWeights,
     config: ModelConfig,
     x: Float[Array, "tokens embed"],
     gates: Float[Array, "tokens choices"],
@@ -51,15 +51,15 @@ def _everywhere(
     is_chosen = chosen[:, :, None] == jnp.arange(experts)[None, None, :]
     weight = jnp.where(is_chosen, gates[:, :, None], 0).sum(axis=1)
     y = run_experts(
-        layer.experts.gate_up[...],
-        layer.experts.down[...],
+        bank.gate_up[...],
+        bank.down[...],
         jnp.broadcast_to(x[None], (experts, *x.shape)),
     )
     return (y.astype(jnp.float32) * weight.T[:, :, None]).sum(axis=0).astype(x.dtype)
 
 
 def _dispatched(
-    layer: LayerWeights,
+    bank: ExpertBankWeights,
     config: ModelConfig,
     x: Float[Array, "tokens embed"],
     gates: Float[Array, "tokens choices"],
@@ -76,7 +76,7 @@ def _dispatched(
     used = jnp.arange(room)[None, :] < counts[:, None]
     token = pair // chosen.shape[1]
     weight = jnp.where(used, gates.reshape(-1)[pair], 0)
-    y = run_experts(layer.experts.gate_up[...], layer.experts.down[...], x[token])
+    y = run_experts(bank.gate_up[...], bank.down[...], x[token])
     y = y.astype(jnp.float32) * weight[:, :, None]
     total = jnp.zeros(x.shape, jnp.float32).at[token.reshape(-1)].add(y.reshape(-1, x.shape[1]))
     return total.astype(x.dtype)

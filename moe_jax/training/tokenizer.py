@@ -38,3 +38,15 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     if made != vocab:
         raise ValueError(f"the texts give a vocabulary of {made}, not {vocab}; use more text")
     return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that separates documents.
+
+    Raises:
+      ValueError: the tokenizer was not made by `train_tokenizer`.
+    """
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise ValueError(f"the tokenizer has no token {END_OF_TEXT}; make it with train_tokenizer")
+    return token

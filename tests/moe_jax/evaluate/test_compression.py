@@ -47,8 +47,9 @@ def test_each_token_is_scored_once_after_half_a_window_of_others():
     # Later windows end where they must, so the first of their new tokens sees half a window.
     assert nats >= expected
     for inputs, targets in calls:
-        np.testing.assert_array_equal(inputs[:, 1:][inputs[:, 1:] != END],
-                                      targets[:, :-1][inputs[:, 1:] != END])
+        np.testing.assert_array_equal(
+            inputs[:, 1:][inputs[:, 1:] != END], targets[:, :-1][inputs[:, 1:] != END]
+        )
 
 
 def test_nats_are_those_of_the_softmax():

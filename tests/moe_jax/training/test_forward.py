@@ -8,13 +8,12 @@ import pytest
 import moe_jax
 from moe_jax.training.export import export
 from moe_jax.training.forward import forward
-from moe_jax.training.tokenizer import END_OF_TEXT
 from tests.tolerances import assert_close
 
 
 def test_logits_equal_the_engines(weights, config, tokenizer, tmp_path):
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
-    export(weights, config, tokenizer, END_OF_TEXT, tmp_path)
+    export(weights, config, tokenizer, tmp_path)
     tokens = np.random.default_rng(0).integers(0, config.vocab, (2, 40)).astype(np.int32)
     engine = moe_jax.load(tmp_path, dtype="float32", max_tokens=64, max_seqs=1, progress=False)
     outputs = forward(weights, config, jnp.asarray(tokens))

@@ -1,6 +1,7 @@
 import pytest
+from tokenizers import Tokenizer, models
 
-from moe_jax.training.tokenizer import END_OF_TEXT, train_tokenizer
+from moe_jax.training.tokenizer import END_OF_TEXT, end_of_text_id, train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,7 @@ def test_every_text_comes_back(tokenizer, text):
 
 
 def test_the_first_entry_ends_a_text(tokenizer):
-    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert end_of_text_id(tokenizer) == 0
     assert tokenizer.encode(END_OF_TEXT).ids == [0]
 
 
@@ -25,3 +26,8 @@ def test_digits_stand_alone_and_indentation_is_one_token(tokenizer):
 def test_too_little_text_is_refused():
     with pytest.raises(ValueError, match="the texts give a vocabulary of 257, not 300; use more"):
         train_tokenizer(["x"], 300)
+
+
+def test_another_tokenizer_is_refused():
+    with pytest.raises(ValueError, match=r"the tokenizer has no token <\|endoftext\|>; make it"):
+        end_of_text_id(Tokenizer(models.BPE()))

@@ -1,0 +1,119 @@
+"""Where experts are and how they run changes neither logits nor tokens."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.engine.arrays import ArrayReceiver, arrays_by_target
+from moe_jax.engine.sizing import device_memory_for
+from moe_jax.model.experts import ExpertBank
+from tests.tolerances import assert_close
+
+SIZES = {"dtype": "float32", "max_tokens": 64, "max_seqs": 3}
+TOKENS = np.random.default_rng(1).integers(1, 300, (2, 20))
+PROMPT = TOKENS[0, :9].tolist()
+MODES = ("auto", "stream", "host", "mixed")
+
+
+def load(folder, share, **options):
+    budget = device_memory_for(folder, experts=share, **SIZES)
+    return moe_jax.load(folder, device_memory=budget, **SIZES, **options)
+
+
+def greedy(engine):
+    return engine.generate(PROMPT, max_tokens=16, ignore_eos=True).tokens
+
+
+def executions(engine):
+    s = engine.stats
+    return np.array([s.resident, s.streamed, s.hosted])
+
+
+@pytest.fixture(scope="module")
+def curves(tiny):
+    """The costs that each value of missing_experts gives, and some that split the experts."""
+    found = {mode: load(tiny, 0, missing_experts=mode)._runner.model.curves for mode in MODES[:3]}
+    even = jnp.full_like(found["auto"].host, 1.0)
+    found["mixed"] = dataclasses.replace(
+        found["auto"], host=even, stream=jnp.float32(1), device=even * 1e-3
+    )
+    return found
+
+
+@pytest.fixture(scope="module", params=[0.5, 0.25, 0.0], ids=["half", "one_per_layer", "none"])
+def offloaded(request, tiny):
+    engine = load(tiny, request.param)
+    slots = int(4 * request.param)
+    assert engine.plan.memory.slots == (slots, 0, slots)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def everything_resident(engine):
+    assert engine.plan.memory.slots == (4, 0, 4)
+    before = executions(engine)
+    logits, tokens = engine.logits(TOKENS), greedy(engine)
+    return logits, tokens, executions(engine) - before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_and_tokens_do_not_depend_on_placement(
+    offloaded, everything_resident, curves, mode
+):
+    expected_logits, expected_tokens, all_resident = everything_resident
+    runner = offloaded._runner
+    runner.model = dataclasses.replace(runner.model, curves=curves[mode])
+    before = executions(offloaded)
+    assert_close(offloaded.logits(TOKENS), expected_logits)
+    assert greedy(offloaded) == expected_tokens
+    resident, streamed, hosted = executions(offloaded) - before
+
+    assert all_resident[1:].tolist() == [0, 0]
+    assert resident + streamed + hosted == all_resident[0]
+    assert (resident > 0) == (offloaded.plan.memory.resident_experts > 0)
+    assert (streamed > 0) == {"stream": True, "mixed": True, "host": False}.get(mode, streamed > 0)
+    assert (hosted > 0) == {"stream": False, "mixed": True, "host": True}.get(mode, hosted > 0)
+    assert streamed + hosted > 0
+
+
+def test_missing_experts_forbids_the_other_way(curves):
+    assert np.isinf(curves["stream"].host).all() and np.isfinite(curves["stream"].stream)
+    assert np.isinf(curves["host"].stream) and np.isfinite(curves["host"].host).all()
+    assert np.isfinite(curves["auto"].host).all() and np.isfinite(curves["auto"].stream)
+
+
+def test_a_bank_of_resident_experts_gives_the_same(tiny, everything_resident, engine, monkeypatch):
+    """The layout of other backends, which the CPU can run too."""
+    plain = ArrayReceiver.__init__
+
+    def with_bank(self, *arguments):
+        plain(self, *arguments)
+        self._use_bank = True
+
+    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
+    banked = load(tiny, 0.5)
+    assert isinstance(banked._runner.model.layers[0].experts.resident, ExpertBank)
+    assert_close(banked.logits(TOKENS[0]), everything_resident[0][0])
+    stored, expected = (arrays_by_target(e._runner.model) for e in (banked, engine))
+    assert stored.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(stored[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("share, resident", [(1, 8), (0.5, 4), (0.4, 3), (0.25, 2), (0, 0)])
+def test_budgets_keep_the_share_that_was_asked_for(tiny, share, resident):
+    budget = device_memory_for(tiny, experts=share, **SIZES)
+    plan = moe_jax.load(tiny, device_memory=budget, **SIZES).plan
+    assert plan.memory.resident_experts == resident
+    assert plan.memory.device_bytes_used <= budget
+    smaller = moe_jax.load(tiny, device_memory=budget - 1, **SIZES) if share else None
+    assert smaller is None or smaller.plan.memory.resident_experts < resident
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_shares_lie_between_0_and_1(tiny, share):
+    with pytest.raises(ValueError, match="experts is a share between 0 and 1"):
+        device_memory_for(tiny, experts=share)
