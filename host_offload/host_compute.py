@@ -12,10 +12,7 @@ import jax
 from jax.experimental import compute_on as _compute_on
 
 # jax 0.10 has the function form as compute_on2; later releases call it compute_on.
-_offload: Callable[..., Any] = getattr(_compute_on, "compute_on2", None) or getattr(
-    _compute_on,
-    "compute_on",  # noqa: B009 - the type checker sees the older function of the name
-)
+_offload: Any = getattr(_compute_on, "compute_on2", None) or vars(_compute_on)["compute_on"]
 
 
 def compiler_options() -> dict[str, bool | int]:

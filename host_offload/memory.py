@@ -7,7 +7,7 @@ import ctypes
 import ctypes.util
 import os
 import re
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ _UNITS |= {f"{prefix}iB": 1 << 10 * (i + 1) for i, prefix in enumerate("KMGT")}
 _UNITS |= {f"{prefix}B": 1000 ** (i + 1) for i, prefix in enumerate("KMGT")}
 
 
+@no_type_check  # checks its own argument, with errors that a user can read
 def parse_bytes(amount: str | int) -> int:
     """Reads a number of bytes: an int, or text such as "24GiB", "512 MB" or "1.5 GiB".
 

@@ -172,7 +172,10 @@ def serve_transformers(pipe: Any, folder: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     pipe.send(transformers.__version__)
     while True:
-        prompt, tokens = pipe.recv()
+        try:
+            prompt, tokens = pipe.recv()
+        except EOFError:  # the benchmark has ended
+            return
         with torch.inference_mode():
             start = time.perf_counter()
             out = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)

@@ -65,10 +65,6 @@ def force(curves: CostCurves, missing_experts: MissingExperts) -> CostCurves:
             return CostCurves(**(vars(curves) | {"host": never(curves.host)}))
         case "host":
             return CostCurves(**(vars(curves) | {"stream": never(curves.stream)}))
-        case _:
-            raise ValueError(
-                f"missing_experts must be 'auto', 'stream' or 'host', got {missing_experts!r}"
-            )
 
 
 def _increasing(seconds: list[float]) -> jax.Array:

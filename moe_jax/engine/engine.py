@@ -67,7 +67,7 @@ class Engine:
         Raises ValueError for a bad prompt or option before anything is computed.
         """
         many = is_many(prompts)
-        requests = self._requests(prompts if many else [prompts], options)
+        requests = self._requests(list(prompts) if many else [prompts], options)
         pieces: list[list[Piece]] = [[] for _ in requests]
         for index, piece in self._run(requests):
             pieces[index].append(piece)
@@ -89,6 +89,8 @@ class Engine:
                 f"logits takes integer token ids of shape [seq] or [batch, seq], "
                 f"got {ids.dtype} of shape {ids.shape}"
             )
+        if not len(ids):
+            raise ValueError("logits was given no tokens; give at least one row of token ids")
         rows = [self._encode(row.tolist()) for row in np.atleast_2d(ids)]
         self._take_over()
         parts = []
@@ -152,7 +154,7 @@ class Engine:
             try:
                 for index, piece in pieces:
                     yield done + index, piece
-                    if number != self._run_number:
+                    if number != self._run_number and piece.finish_reason is None:
                         raise RuntimeError(
                             "this stream is over: the engine was used for something else before "
                             "the stream had ended; read a stream to its end first"

@@ -173,7 +173,8 @@ class _Sampler:
             if math.isnan(logprobs[row]):
                 raise ValueError(
                     f"the model computed NaN or infinite logits for request {sequence.index} at "
-                    f"position {sequence.length}; check the checkpoint, or load it with dtype='float32'"
+                    f"position {sequence.length}; check the checkpoint, or load it with "
+                    "dtype='float32'"
                 )
             pieces.append(sequence.accept(int(tokens[row]), float(logprobs[row])))
         return pieces

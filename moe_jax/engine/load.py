@@ -4,6 +4,7 @@ import importlib.resources
 import os
 import sys
 from pathlib import Path
+from typing import get_args, no_type_check
 
 import jax
 
@@ -29,6 +30,7 @@ from moe_jax.placement.memory_plan import MemoryPlan
 _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
+@no_type_check  # checks its own arguments, with errors that a user can read
 def load(
     path: str | Path | None = None,
     *,
@@ -63,6 +65,10 @@ def load(
     for name, value in (("max_tokens", max_tokens), ("max_seqs", max_seqs)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if missing_experts not in get_args(MissingExperts):
+        raise ValueError(
+            f"missing_experts must be 'auto', 'stream' or 'host', got {missing_experts!r}"
+        )
     progress = sys.stderr.isatty() if progress is None else progress
     folder = Path(reference_model_folder() if path is None else path)
     device_budget = device_memory_bytes() if device_memory is None else parse_bytes(device_memory)
@@ -72,6 +78,7 @@ def load(
     config = checkpoint.config
     tokenizer = read_tokenizer(folder)
     template = read_chat_template(folder)
+    ends = stop_tokens(folder)
     memory = plan_for(
         config,
         device_bytes=device_budget,
@@ -92,7 +99,7 @@ def load(
         source=folder,
         tokenizer=tokenizer,
         template=template,
-        stop_tokens=stop_tokens(folder),
+        stop_tokens=ends,
         max_tokens=max_tokens,
         max_seqs=max_seqs,
         progress=progress,

@@ -57,7 +57,7 @@ def _tokens_of(
 ) -> list[int]:
     if hasattr(prompt, "__array__"):
         prompt = np.asarray(prompt).tolist()
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise ValueError(_not_a_prompt(prompt))
     if isinstance(prompt, str):
         if tokenizer is None:

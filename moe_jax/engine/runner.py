@@ -65,11 +65,11 @@ class Runner:
         """Allocates anew what an interrupted step donated and did not give back."""
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv)):
             self._kv = allocate_kv(self.model.config, self.pages, self.model.dtype)
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._tally)):
-            self._tally = Tally.empty()
+        self._restore_tally()
 
     def take_tally(self) -> Tally:
         """What the layers did since the last call; waits for it."""
+        self._restore_tally()
         tally, self._tally = self._tally, Tally.empty()
         return jax.device_get(tally)
 
@@ -107,6 +107,10 @@ class Runner:
             bucket = next(size for size in PREFILL_BUCKETS if size >= len(tokens))
             chunk = NewTokens(tokens, new.cached + start, new.length, new.pages)
             yield self._run([chunk], bucket, seqs=1, max_query_length=bucket), len(tokens)
+
+    def _restore_tally(self) -> None:
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._tally)):
+            self._tally = Tally.empty()
 
     def _run(
         self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int

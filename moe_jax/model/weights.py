@@ -69,7 +69,7 @@ class ExpertBankWeights(nnx.Module):
 
 
 class LayerWeights(nnx.Module):
-    """One transformer layer: `ffn` if it is dense, `router` and perhaps `shared` if it has experts."""
+    """One transformer layer: `ffn` if dense, `router` and perhaps `shared` if it has experts."""
 
     def __init__(
         self,

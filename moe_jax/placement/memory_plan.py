@@ -63,22 +63,22 @@ class MemoryPlan:
             ),
         ]
         lines = [
-            f"device memory  {format_bytes(self.device_bytes_used):>10} "
+            f"device memory  {format_bytes(self.device_bytes_used):>11} "
             f"of {format_bytes(self.device_bytes)}"
         ]
         lines += [
-            f"  {name:<13}{format_bytes(size):>10}  {note}".rstrip() for name, size, note in used
+            f"  {name:<13}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in used
         ]
         host = self.host_experts * self.expert_bytes
-        lines.append(f"host memory    {format_bytes(host):>10} of {format_bytes(self.host_bytes)}")
+        lines.append(f"host memory    {format_bytes(host):>11} of {format_bytes(self.host_bytes)}")
         note = f"{self.host_experts} of {sum(self.experts)}, {format_bytes(self.expert_bytes)} each"
-        lines.append(f"  {'experts':<13}{format_bytes(host):>10}  {note}")
+        lines.append(f"  {'experts':<13}{format_bytes(host):>11}  {note}")
         return "\n".join(lines)
 
     def _slots_text(self) -> str:
         counts = sorted({s for s, e in zip(self.slots, self.experts, strict=True) if e})
-        span = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-        return f"{span} per layer"
+        span = [str(count) for count in dict.fromkeys((*counts[:1], *counts[-1:]))]
+        return f"{'-'.join(span) or 'none'} per layer"
 
 
 def plan_memory(

@@ -36,7 +36,7 @@ def draw_curve(log: pathlib.Path, picture: pathlib.Path, reference: float | None
         upper.axhline(
             reference, color="grey", linestyle="--", label="xz -9e on the same sample, solid"
         )
-    upper.set(ylabel="bits per byte", ylim=(0.7, 2.6))
+    upper.set(ylabel="bits per byte", ylim=(0.6, 2.6))
     upper.legend()
     for name, label in (("least_share", "least used expert"), ("most_share", "most used expert")):
         lower.plot([line["epochs"] for line in lines], [line[name] for line in lines], label=label)

@@ -45,8 +45,8 @@ def make_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    words = "one mixture of many small experts, some of them on the host; ".split(" ")
-    tokenizer.train_from_iterator([" ".join(words[i:] + words[:i]) for i in range(9)], trainer)
+    text = "one mixture of many small experts, some of them on the host; "
+    tokenizer.train_from_iterator([text[i:] + text[:i] for i in range(0, 60, 7)], trainer)
     return tokenizer
 
 

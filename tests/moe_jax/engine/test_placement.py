@@ -35,7 +35,7 @@ def executions(engine):
 @pytest.fixture(scope="module")
 def curves(tiny):
     """The costs that each value of missing_experts gives, and some that split the experts."""
-    found = {mode: load(tiny, 0, missing_experts=mode)._runner.model.curves for mode in MODES[:3]}
+    found = {mode: load(tiny, 0.0, missing_experts=mode)._runner.model.curves for mode in MODES[:3]}
     even = jnp.full_like(found["auto"].host, 1.0)
     found["mixed"] = dataclasses.replace(
         found["auto"], host=even, stream=jnp.float32(1), device=even * 1e-3
@@ -60,9 +60,7 @@ def everything_resident(engine):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_and_tokens_do_not_depend_on_placement(
-    offloaded, everything_resident, curves, mode
-):
+def test_logits_and_tokens_do_not_depend_on_placement(offloaded, everything_resident, curves, mode):
     expected_logits, expected_tokens, all_resident = everything_resident
     runner = offloaded._runner
     runner.model = dataclasses.replace(runner.model, curves=curves[mode])
@@ -103,7 +101,7 @@ def test_a_bank_of_resident_experts_gives_the_same(tiny, everything_resident, en
         np.testing.assert_array_equal(stored[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize("share, resident", [(1, 8), (0.5, 4), (0.4, 3), (0.25, 2), (0, 0)])
+@pytest.mark.parametrize("share, resident", [(1.0, 8), (0.5, 4), (0.4, 3), (0.25, 2), (0.0, 0)])
 def test_budgets_keep_the_share_that_was_asked_for(tiny, share, resident):
     budget = device_memory_for(tiny, experts=share, **SIZES)
     plan = moe_jax.load(tiny, device_memory=budget, **SIZES).plan

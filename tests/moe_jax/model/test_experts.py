@@ -10,7 +10,7 @@ import pytest
 from host_offload.memory import sharding
 from moe_jax.model.dispatch import dispatch, gather_blocks
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts
-from moe_jax.model.ops import gated_ffn
+from moe_jax.model.ops import gated_ffn_rows
 from moe_jax.placement.planner import Mode
 from tests.tolerances import assert_close
 
@@ -51,8 +51,8 @@ def test_every_placement_equals_the_plain_expert(tokens, slots, bank, missing):
         for e, n in enumerate(counts)
     ]
     blocks, where = jax.jit(run)(experts, x, chosen, jnp.asarray(mode, jnp.int32))
-    apply = functools.partial(gated_ffn, activation="silu")
-    flat = np.asarray(blocks).reshape(-1, EMBED)
+    apply = functools.partial(gated_ffn_rows, activation="silu")
+    flat = np.asarray(blocks).swapaxes(1, 2).reshape(-1, EMBED)
     for choice in range(2):
         got = flat[np.asarray(where.position[:, choice])]
         expected = jnp.concatenate(
