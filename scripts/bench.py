@@ -131,11 +131,8 @@ class Ours:
     def _seconds(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         before = self.engine.stats
         self.engine.generate(prompt, max_tokens=tokens, ignore_eos=True)
-        after = self.engine.stats
-        return (
-            after.prefill_seconds - before.prefill_seconds,
-            after.decode_seconds - before.decode_seconds,
-        )
+        spent = self.engine.stats.since(before)
+        return spent.prefill_seconds, spent.decode_seconds
 
 
 class Transformers:

@@ -60,10 +60,13 @@ def main() -> None:
     )
     print(engine.plan, end="\n\n")
     chat = [{"role": "user", "content": arguments.prompt}]
+    prompt = chat if arguments.chat else arguments.prompt
+    engine.generate(prompt, max_tokens=2)  # compiles, so that the figures below are of running
+    before = engine.stats
     if not arguments.chat:
-        print(arguments.prompt, end="")
+        print(arguments.prompt, end="", flush=True)
     pieces = engine.stream(
-        chat if arguments.chat else arguments.prompt,
+        prompt,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -76,7 +79,7 @@ def main() -> None:
     )
     for piece in pieces:
         print(piece.text, end="", flush=True)
-    print(f"\n\n{engine.stats}")
+    print(f"\n\n{engine.stats.since(before)}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,15 @@ class Stats:
         """Expert weights read by the host."""
         return self.hosted * self.expert_bytes
 
+    def since(self, before: "Stats") -> "Stats":
+        """What was added to earlier totals; `traces` stays that of the whole time."""
+        added = {
+            name: getattr(self, name) - getattr(before, name)
+            for name in vars(self)
+            if name not in ("expert_bytes", "traces")
+        }
+        return replace(self, **added)
+
     def with_tally(self, tally: Tally) -> "Stats":
         """These totals and what the layers report on top."""
         modes = [int(count) for count in tally.experts_by_mode]

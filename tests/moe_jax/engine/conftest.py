@@ -86,7 +86,8 @@ def tiny(tmp_path_factory) -> Path:
     tokenizer = make_tokenizer()
     assert tokenizer.get_vocab_size() <= VOCAB
     tokenizer.save(str(folder / "tokenizer.json"))
-    readable = [i for text, i in tokenizer.get_vocab().items() if text.isascii() and i != EOS]
+    ids = tokenizer.get_vocab()
+    readable = sorted(ids[text] for text in ids if text.isascii() and ids[text] != EOS)
     save_file(random_tensors(readable), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(MODEL))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))

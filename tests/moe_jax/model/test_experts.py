@@ -65,9 +65,7 @@ def test_every_placement_equals_the_plain_expert(tokens, slots, bank, missing):
 
 
 def test_experts_nobody_chose_are_never_read():
-    experts, pairs = make_experts(2, bank=False)
-    for pair in (*experts.resident[1:], *experts.host[1:]):
-        assert pair.gate_up.shape == (2 * FFN, EMBED)
+    experts, _ = make_experts(2, bank=False)
     poison = lambda pair: Expert(*(a * jnp.nan for a in pair))
     host_poison = lambda pair: Expert(
         *(jax.device_put(np.full(a.shape, np.nan, np.float32), a.sharding) for a in pair)
