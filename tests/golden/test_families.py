@@ -6,10 +6,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from moe_jax.checkpoint.targets import expected_targets  # noqa: E402
-from moe_jax.families import FAMILIES, read_config, resolve, tensor_rules  # noqa: E402
-from moe_jax.model.rope import static_frequencies  # noqa: E402
-from tests.golden.models import GRID, grid_id, save_tiny, tiny_model  # noqa: E402
+from moe_jax.checkpoint.targets import expected_targets
+from moe_jax.families import FAMILIES, read_config, resolve, tensor_rules
+from moe_jax.model.rope import static_frequencies
+from tests.golden.models import GRID, grid_id, save_tiny, tiny_model
 
 pytestmark = pytest.mark.golden
 
