@@ -72,6 +72,7 @@ def main() -> None:
         "stop": tuple(arguments.stop),
         "ignore_eos": arguments.ignore_eos,
     }
+    moe_jax.SamplingParams(**options)  # refuses bad options before anything is printed
     engine.generate(prompt, **options | {"max_tokens": 2})  # compiles; not in the figures below
     before = engine.stats
     if not arguments.chat:
