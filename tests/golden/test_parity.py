@@ -74,16 +74,40 @@ def test_greedy_tokens_equal_transformers(pair):
     assert list(engine.generate(prompt, max_tokens=GREEDY, ignore_eos=True).tokens) == expected
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
-def test_bfloat16_agrees_where_the_margin_is_clear(family, tmp_path):
-    model = tiny_model(family).to(torch.bfloat16)
-    save_tiny(model, tmp_path, dtype=torch.bfloat16)
-    engine = moe_jax.load(tmp_path, dtype="bfloat16", max_tokens=256, max_seqs=2)
-    tokens = draw_tokens(engine.config.vocab, 8, 128)
+def bfloat16_logits(model, tokens, folder):
+    """Of one model: Transformers in bfloat16, the engine in bfloat16, Transformers in float32."""
+    model = model.to(torch.bfloat16)
+    save_tiny(model, folder, dtype=torch.bfloat16)
+    engine = moe_jax.load(folder, dtype="bfloat16", max_tokens=256, max_seqs=2)
     with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.float().numpy()
-    best = np.sort(expected, axis=-1)
+        theirs = model(torch.tensor(tokens)).logits.float().numpy()
+        exact = model.float()(torch.tensor(tokens)).logits.numpy()
+    return theirs, engine.logits(tokens), exact
+
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_agrees_where_the_margin_is_clear(family, tmp_path):
+    # The grid's models are drawn large so that every setting shows; there Transformers' bfloat16
+    # agrees with its own float32 in 95 % only. These layers have the size of trained ones.
+    model = tiny_model(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ".layers." in name:
+                parameter.mul_(0.5)
+        model.lm_head.weight.mul_(0.2)
+    theirs, ours, _ = bfloat16_logits(model, draw_tokens(90, 8, 128), tmp_path)
+    best = np.sort(theirs, axis=-1)
     clear = best[..., -1] - best[..., -2] > 0.05
-    agree = engine.logits(tokens).argmax(-1) == expected.argmax(-1)
+    agree = ours.argmax(-1) == theirs.argmax(-1)
     assert clear.sum() > 200
     assert agree[clear].mean() >= 0.99
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_no_further_from_float32_than_transformers(family, tmp_path):
+    tokens = draw_tokens(90, 4, 128)
+    theirs, ours, exact = bfloat16_logits(tiny_model(family), tokens, tmp_path)
+    assert np.abs(ours - exact).mean() <= 1.05 * np.abs(theirs - exact).mean()
