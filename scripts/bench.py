@@ -1,7 +1,7 @@
 """Measures prefill and decode of a random Mixtral-shaped checkpoint against this machine's limits.
 
 Prints a table and writes JSON. With the golden extra installed, Transformers runs the same
-checkpoint in the same process, alternating with the engine.
+checkpoint in a process of its own, alternating with the engine.
 """
 
 import argparse
@@ -146,7 +146,6 @@ class Transformers:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=serve_transformers, args=(other, str(folder)))
-        self._process.daemon = True
         self._process.start()
         self.version = self._pipe.recv()
 
@@ -159,6 +158,10 @@ class Transformers:
     def _run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         self._pipe.send((prompt, tokens))
         return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
 
 
 def serve_transformers(pipe: Any, folder: str) -> None:
@@ -213,6 +216,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         *(lambda s=s: s.decode(short, arguments.decode) for s in systems.values()),
         lambda: read_rates.append(measure_read_rate()) or 0.0,
     )
+    version = None
+    if "transformers" in systems:
+        version = systems["transformers"].version
+        systems["transformers"].close()
     read_rate = statistics.median(read_rates)
     rows = {}
     for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
@@ -227,7 +234,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": describe_machine(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__}
-        | ({"transformers": systems["transformers"].version} if "transformers" in systems else {}),
+        | ({"transformers": version} if version else {}),
         "command": " ".join(["python", *sys.argv]),
         "bytes_per_token": bytes_per_token(),
         "read_bytes_per_second": read_rate,

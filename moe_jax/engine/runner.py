@@ -141,7 +141,7 @@ def pack_step(batch: Sequence[NewTokens], tokens: int, seqs: int) -> StepInputs:
     rope_lengths[: len(batch)] = [new.length for new in batch]
     tables = np.zeros((seqs, batch[0].pages.size), np.int32)
     tables[: len(batch)] = [new.pages for new in batch]
-    return StepInputs(*jax.device_put((flat, starts, kv_lengths, rope_lengths, tables)))
+    return StepInputs(flat, starts, kv_lengths, rope_lengths, tables)
 
 
 def kv_capacity(pages: int) -> int:

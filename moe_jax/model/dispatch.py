@@ -75,7 +75,7 @@ def dispatch(
     token = (order // choices).astype(jnp.int32)
     source = jnp.full(blocks * rows, tokens, jnp.int32).at[row].set(token, mode="drop")
     position = jnp.zeros(pairs, jnp.int32).at[order].set(row)
-    block_expert = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    block_expert = (last_block[None, :] <= jnp.arange(blocks)[:, None]).sum(axis=1)
     return Dispatch(
         counts=counts,
         first_block=first_block,

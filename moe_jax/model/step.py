@@ -5,6 +5,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
@@ -25,11 +26,11 @@ class StepInputs:
       block_tables: the pages of each sequence.
     """
 
-    tokens: Int[Array, " tokens"]
-    query_starts: Int[Array, " seqs_plus_one"]
-    kv_lengths: Int[Array, " seqs"]
-    rope_lengths: Int[Array, " seqs"]
-    block_tables: Int[Array, "seqs pages_per_seq"]
+    tokens: Int[Array | np.ndarray, " tokens"]
+    query_starts: Int[Array | np.ndarray, " seqs_plus_one"]
+    kv_lengths: Int[Array | np.ndarray, " seqs"]
+    rope_lengths: Int[Array | np.ndarray, " seqs"]
+    block_tables: Int[Array | np.ndarray, "seqs pages_per_seq"]
 
 
 @no_type_check  # jax rebuilds it with other leaves in the fields
@@ -71,7 +72,7 @@ def prepare_step(step: StepInputs, config: ModelConfig, pages: int, page_size: i
         slot=slot,
         cos=cos,
         sin=sin,
-        query_starts=step.query_starts,
-        kv_lengths=step.kv_lengths,
-        block_tables=step.block_tables,
+        query_starts=jnp.asarray(step.query_starts),
+        kv_lengths=jnp.asarray(step.kv_lengths),
+        block_tables=jnp.asarray(step.block_tables),
     )

@@ -6,6 +6,7 @@ import pytest
 
 import moe_jax
 from moe_jax.cache.paged_kv import assign_pages
+from moe_jax.engine import runner as runner_module
 from moe_jax.engine.runner import NewTokens, pack_step
 from moe_jax.model.programs import LayerProgram
 
@@ -107,6 +108,17 @@ def test_chunks_and_decode_give_the_logits_of_one_forward(engine):
     parts += [np.asarray(runner.decode([step(i, i + 1)], 1))[:1] for i in range(33, 36)]
     expected = engine.logits(tokens)
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-5 * abs(expected).max())
+
+
+def test_a_prompt_longer_than_the_largest_bucket_is_prefilled_in_chunks(tiny, monkeypatch):
+    tokens = np.random.default_rng(4).integers(1, 300, 530).tolist()
+    engine = moe_jax.load(tiny, dtype="float32", max_tokens=640, max_seqs=1, progress=False)
+    logits = engine.logits(tokens)
+    text = engine.generate(tokens, max_tokens=4, ignore_eos=True)
+    assert {key[1] for key in engine.stats.traces if key[0] == "layer"} == {512, 32, 1}
+    monkeypatch.setattr(runner_module, "PREFILL_BUCKETS", (640,))
+    np.testing.assert_allclose(logits, engine.logits(tokens), atol=1e-5 * abs(logits).max())
+    assert text.tokens == engine.generate(tokens, max_tokens=4, ignore_eos=True).tokens
 
 
 def test_packing_lays_sequences_end_to_end():

@@ -1,0 +1,39 @@
+"""The scripts run from a shell, as the README shows them."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(SCRIPTS.glob("*.py"))])
+def test_help_says_what_it_does(name):
+    done = run(name, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_generate_writes_text_through_the_offload_path():
+    done = run("generate.py")
+    assert done.returncode == 0, done.stderr
+    assert "host" in done.stdout and len(done.stdout) > 200
+
+
+def test_bench_measures_a_checkpoint_it_makes(tmp_path):
+    out = tmp_path / "bench.json"
+    small = ["--repeats", "1", "--prefill", "8", "--decode", "2", "--skip-transformers"]
+    with tempfile.TemporaryDirectory() as folder:  # 1.5 GB, not to be kept as tmp_path is
+        done = run("bench.py", "--checkpoint", folder, "--out", str(out), *small)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(out.read_text())["rows"]["moe_jax"]
+    assert row["prefill_tokens_per_second"] > 0 and row["share_of_read_limit"] > 0
+    assert "| moe_jax |" in done.stdout
