@@ -9,7 +9,9 @@ from typing import Any
 import jax
 
 # One entry per backend that jax can report; a backend that is missing here is refused, not guessed.
-DEFAULTS: Mapping[str, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+DEFAULTS: Mapping[str, str] = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}
+# Kernels that only one backend can compile. Their interpreted forms run anywhere, slowly.
+NEEDS: Mapping[str, str] = {"gpu": "gpu", "tpu": "tpu"}
 
 
 def default_implementation(backend: str) -> str:
@@ -37,7 +39,7 @@ def choose(
       name: one of them, or None.
 
     Raises:
-      ValueError: there is no implementation of that name.
+      ValueError: there is no implementation of that name, or this backend cannot run it.
     """
     backend = jax.default_backend()
     wanted = default_implementation(backend) if name is None else name
@@ -45,5 +47,10 @@ def choose(
         raise ValueError(
             f"{operation} has no implementation {wanted!r} (backend: {backend}); use one of "
             f"{sorted(implementations)}, or None for this backend's default"
+        )
+    if NEEDS.get(wanted, backend) != backend:
+        raise ValueError(
+            f"{operation} cannot run its implementation {wanted!r} on the backend {backend!r}; "
+            f"use {default_implementation(backend)!r}, or {wanted + '_interpret'!r} to debug it"
         )
     return implementations[wanted]

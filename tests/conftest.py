@@ -4,27 +4,30 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
+from importlib.util import find_spec
+
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
-hypothesis.settings.load_profile("ci")
+if find_spec("hypothesis"):  # scripts/gpu_check.py runs the other tests where it is not installed
+    from hypothesis import settings
+
+    settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+    settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--no-skipped-golden",
-        action="store_true",
-        help="fail if the comparison with Transformers cannot run",
+        "--require",
+        metavar="MARKER",
+        help="fail if no test with this marker could be collected, for want of packages",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--no-skipped-golden"):
-        golden = [item for item in items if item.get_closest_marker("golden")]
-        if not golden:
-            raise pytest.UsageError("no golden test was collected; install the golden extra")
+    marker = config.getoption("--require")
+    if marker and not any(item.get_closest_marker(marker) for item in items):
+        raise pytest.UsageError(f"no {marker} test was collected; install the extra {marker!r}")

@@ -118,8 +118,11 @@ def _run_bank(bank, blocks, where, activation):
     count, embed, rows = blocks.shape
     used = (where.counts[:slots] + rows - 1) // rows * rows
     flat = blocks.swapaxes(1, 2).reshape(-1, embed)
-    gate, up = jnp.split(grouped_matmul(flat, bank.gate_up, used), 2, axis=1)
-    hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    if activation == "silu":
+        hidden = grouped_matmul(flat, bank.gate_up, used, gated=True)
+    else:
+        gate, up = jnp.split(grouped_matmul(flat, bank.gate_up, used), 2, axis=1)
+        hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     down = grouped_matmul(hidden.astype(flat.dtype), bank.down, used)
     return down.reshape(count, rows, embed).swapaxes(1, 2).astype(jnp.float32)
 

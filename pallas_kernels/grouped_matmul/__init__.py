@@ -3,6 +3,7 @@
 Knows arrays, not experts: rows come sorted, and who sorted them is not asked.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
@@ -10,14 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choose import choose
+from pallas_kernels.grouped_matmul.gpu import grouped_matmul_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
+from pallas_kernels.grouped_matmul.tpu import grouped_matmul_tpu
 from pallas_kernels.grouped_matmul.xla import grouped_matmul_xla
+from pallas_kernels.interpret import TPU_INTERPRETER
 
 __all__ = ["IMPLEMENTATIONS", "grouped_matmul"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": grouped_matmul_reference,
     "xla": grouped_matmul_xla,
+    "gpu": grouped_matmul_gpu,
+    "tpu": grouped_matmul_tpu,
+    "gpu_interpret": functools.partial(grouped_matmul_gpu, interpret=True),
+    "tpu_interpret": functools.partial(grouped_matmul_tpu, interpret=TPU_INTERPRETER),
 }
 
 
@@ -27,8 +35,10 @@ def grouped_matmul(
     weights: Float[Array, "groups out in"],
     group_sizes: Int[Array, " groups"],
     *,
+    gated: bool = False,
+    row_weights: Float[Array, " rows"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "rows out"]:
+) -> Float[Array, "rows products"]:
     """Multiplies each row by its group's matrix: out[r] = weights[group of r] @ rows[r].
 
     The exact meaning is `reference.grouped_matmul_reference`.
@@ -38,6 +48,9 @@ def grouped_matmul(
         to group 0, and so on.
       weights: in the dtype of rows, one [out, in] matrix per group, as checkpoints have them.
       group_sizes: rows per group, not negative; their sum is at most the number of rows.
+      gated: the first half of `out` is a gate, the second what it opens: the result is
+        silu(gate) * up, of half the width, computed before anything is rounded.
+      row_weights: float32 factors on the rows of the result, also applied before rounding.
       implementation: a key of IMPLEMENTATIONS; None: the backend's default.
 
     Returns:
@@ -48,11 +61,13 @@ def grouped_matmul(
       ValueError: a shape or dtype does not fit, or there is no such implementation.
     """
     multiply = choose("grouped_matmul", IMPLEMENTATIONS, implementation)
-    _check_arguments(rows, weights, group_sizes)
-    return multiply(rows, weights, group_sizes)
+    _check_arguments(rows, weights, group_sizes, gated, row_weights)
+    return multiply(rows, weights, group_sizes, row_weights, gated=gated)
 
 
-def _check_arguments(rows: Array, weights: Array, group_sizes: Array) -> None:
+def _check_arguments(
+    rows: Array, weights: Array, group_sizes: Array, gated: bool, row_weights: Array | None
+) -> None:
     expected = (
         (rows, "rows", "[rows in]"),
         (weights, "weights", "[groups out in]"),
@@ -78,3 +93,12 @@ def _check_arguments(rows: Array, weights: Array, group_sizes: Array) -> None:
         )
     if 0 in (*rows.shape, *weights.shape):
         raise ValueError(f"no axis may be empty: rows {rows.shape}, weights {weights.shape}")
+    if gated and weights.shape[1] % 2:
+        raise ValueError(f"gated needs an even number of outputs, got weights {weights.shape}")
+    if row_weights is not None and (
+        row_weights.shape != rows.shape[:1] or row_weights.dtype != jnp.float32
+    ):
+        raise ValueError(
+            f"row_weights must be float32 of shape ({rows.shape[0]},), one per row; "
+            f"got {row_weights.dtype} of shape {row_weights.shape}"
+        )

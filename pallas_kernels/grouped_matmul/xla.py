@@ -22,7 +22,10 @@ def grouped_matmul_xla(
     rows: Float[Array, "rows in"],
     weights: Float[Array, "groups out in"],
     group_sizes: Int[Array, " groups"],
-) -> Float[Array, "rows out"]:
+    row_weights: Float[Array, " rows"] | None,
+    *,
+    gated: bool,
+) -> Float[Array, "rows products"]:
     """Multiplies block by block; arguments and result are those of `grouped_matmul_reference`.
 
     Every block starts at a row of its group, is read past the group's end where the group is no
@@ -52,10 +55,16 @@ def grouped_matmul_xla(
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        if gated:
+            gate, up = jnp.split(product, 2, axis=1)
+            product = jax.nn.silu(gate) * up
         product = jnp.where((start + lane < ends[group])[:, None], product, 0)
         return jax.lax.dynamic_update_slice_in_dim(products, product, start, 0)
 
     # Held in float32: jax 0.10.2 on a CPU rewrites all of a bfloat16 array to update a part of it.
-    products = jnp.zeros((count + size, weights.shape[1]))
-    products = jax.lax.fori_loop(0, block_ends[-1], work, products)
-    return products[:count].astype(rows.dtype)
+    products = jnp.zeros((count + size, weights.shape[1] // (2 if gated else 1)))
+    products = jax.lax.fori_loop(0, block_ends[-1], work, products)[:count]
+    if row_weights is not None:
+        in_a_group = jnp.arange(count) < ends[-1]
+        products *= jnp.where(in_a_group, row_weights, 0)[:, None]
+    return products.astype(rows.dtype)

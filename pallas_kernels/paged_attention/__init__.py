@@ -3,6 +3,7 @@
 Knows arrays, not models: no projections, no rotary positions, no cache bookkeeping.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, no_type_check, overload
 
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choose import choose
+from pallas_kernels.interpret import TPU_INTERPRETER
+from pallas_kernels.paged_attention.arguments import Pages, bits_dtype, check_arguments
+from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
-from pallas_kernels.paged_attention.shapes import Pages, bits_dtype, check_arguments
+from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
 __all__ = ["IMPLEMENTATIONS", "bits_dtype", "paged_attention"]
@@ -19,6 +23,10 @@ __all__ = ["IMPLEMENTATIONS", "bits_dtype", "paged_attention"]
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": paged_attention_reference,
     "xla": paged_attention_xla,
+    "gpu": paged_attention_gpu,
+    "tpu": paged_attention_tpu,
+    "gpu_interpret": functools.partial(paged_attention_gpu, interpret=True),
+    "tpu_interpret": functools.partial(paged_attention_tpu, interpret=TPU_INTERPRETER),
 }
 
 _Attended = Float[Array, "tokens heads head_dim"]

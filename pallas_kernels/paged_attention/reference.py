@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paged_attention.shapes import Pages, unpacked
+from pallas_kernels.paged_attention.arguments import Pages, unpacked
 
 
 def paged_attention_reference(

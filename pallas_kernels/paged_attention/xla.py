@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.paged_attention.shapes import Pages, unpacked
+from pallas_kernels.paged_attention.arguments import Pages, unpacked
 
 # Up to this many queries per sequence all sequences are computed at once, padded to the longest.
 _FEW_QUERIES = 8

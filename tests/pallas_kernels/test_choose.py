@@ -1,3 +1,4 @@
+import jax
 import pytest
 
 from pallas_kernels.choose import DEFAULTS, choose, default_implementation
@@ -10,7 +11,9 @@ def test_a_name_selects_its_implementation():
 
 
 def test_none_selects_the_default_of_the_backend():
-    assert choose("attention", TABLE, None) is TABLE["xla"]
+    table = TABLE | {"gpu": lambda: "kernel", "tpu": lambda: "kernel"}
+    default = {"cpu": "xla", "gpu": "gpu", "tpu": "tpu"}[jax.default_backend()]
+    assert choose("attention", table, None) is table[default]
 
 
 def test_an_unknown_name_is_refused_with_what_there_is():
@@ -20,6 +23,18 @@ def test_an_unknown_name_is_refused_with_what_there_is():
         r"use one of \['reference', 'xla'\]",
     ):
         choose("attention", TABLE, "pallas_gpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_a_kernel_of_another_backend_is_refused(name):
+    if jax.default_backend() == name:
+        pytest.skip(f"this is a {name}")
+    with pytest.raises(
+        ValueError,
+        match=rf"attention cannot run its implementation '{name}' on the backend '.*'; "
+        rf"use '.*', or '{name}_interpret' to debug it",
+    ):
+        choose("attention", TABLE | {name: lambda: "kernel"}, name)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])

@@ -1,15 +1,14 @@
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.shapes import EXPERTS
 from pallas_kernels.grouped_matmul.xla import rows_per_block
+from tests.pallas_kernels.grouped_matmul.cases import check, implementations, multiply
 from tests.tolerances import assert_close
 
 SIZES = {
@@ -21,28 +20,6 @@ SIZES = {
     "larger than a block": (70, 0, 130, 1) + 12 * (0,),
     "more groups than rows": (0, 1, 0, 0, 0, 1, 0, 0, 0),
 }
-implementations = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-multiply = functools.partial(jax.jit, static_argnames="implementation")(grouped_matmul)
-
-
-def check(sizes, unused_rows, dtype, implementation, seed=0):
-    """Compares with NumPy; what belongs to no row is NaN."""
-    random = np.random.default_rng(seed)
-    used = sum(sizes)
-    rows = random.standard_normal((used + unused_rows, 24))
-    rows[used:] = np.nan
-    weights = random.standard_normal((len(sizes), 40, 24))
-    weights[np.array(sizes) == 0] = np.nan
-    rows, weights = jnp.asarray(rows, dtype), jnp.asarray(weights, dtype)
-    result = multiply(rows, weights, jnp.array(sizes), implementation=implementation)
-
-    expected = np.zeros((used + unused_rows, 40))
-    starts = np.cumsum([0, *sizes])
-    for group, (start, end) in enumerate(itertools.pairwise(starts)):
-        matrix = np.asarray(weights[group], np.float64)
-        expected[start:end] = np.asarray(rows[start:end], np.float64) @ matrix.T
-    assert result.dtype == rows.dtype
-    assert_close(result, expected)
 
 
 @implementations
@@ -54,11 +31,50 @@ def test_values(name, unused_rows, dtype, implementation):
 
 
 @implementations
-@settings(max_examples=25)
-@given(cuts=st.lists(st.integers(0, 60), min_size=5, max_size=5), seed=st.integers(0, 9))
-def test_ragged_groups(implementation, cuts, seed):
-    sizes = np.diff([0, *sorted(cuts)])
-    check(tuple(int(n) for n in sizes), 60 - int(sizes.sum()), "float32", implementation, seed)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gated, weighted", [(True, False), (False, True), (True, True)])
+def test_gates_and_row_weights(gated, weighted, dtype, implementation):
+    check(SIZES["ragged"], 5, dtype, implementation, gated=gated, weighted=weighted)
+
+
+@implementations
+@pytest.mark.parametrize("width", [(136, 264), (7, 2), (300, 30), (2880, 16), (16, 2880)])
+def test_widths_that_are_no_multiple_of_a_tile(width, implementation):
+    check((3, 0, 20), 2, "float32", implementation, width=width, gated=True)
+
+
+@implementations
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_experts_of_real_models_with_a_thin_ffn(name, implementation):
+    """Their groups, choices and widths; the other axis is cut down so that it runs here."""
+    shape = EXPERTS[name]
+    sizes = np.bincount(
+        np.random.default_rng(0).integers(0, shape.experts, 3 * shape.choices),
+        minlength=shape.experts,
+    )
+    sizes = tuple(sizes.tolist())
+    check(sizes, 1, "bfloat16", implementation, width=(shape.embed, 32), gated=True)
+    check(sizes, 1, "bfloat16", implementation, width=(48, shape.embed), weighted=True)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("tokens", [1, 64, 512])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_real_models_at_full_size(name, tokens, accelerator):
+    shape = EXPERTS[name]
+    key = jax.random.key(0)
+    sizes = jnp.bincount(
+        jax.random.randint(key, tokens * shape.choices, 0, shape.experts), length=shape.experts
+    )
+    for outputs, inputs, gated in (
+        (2 * shape.ffn, shape.embed, True),
+        (shape.embed, shape.ffn, False),
+    ):
+        rows = jax.random.normal(key, (tokens * shape.choices, inputs), jnp.bfloat16)
+        weights = jax.random.normal(key, (shape.experts, outputs, inputs), jnp.bfloat16)
+        weights = weights * jnp.bfloat16(inputs**-0.5)
+        run = functools.partial(multiply, rows, weights, sizes, gated=gated)
+        assert_close(run(implementation=accelerator), run(implementation="xla"))
 
 
 def test_group_sizes_do_not_recompile_and_the_bank_is_not_copied():
@@ -102,6 +118,14 @@ WRONG = {
         "group_sizes must have groups = 2 entries, got 3",
     ),
     "empty": (dict(rows=jnp.zeros((0, 3))), r"no axis may be empty: rows \(0, 3\)"),
+    "odd gate": (
+        dict(weights=jnp.zeros((2, 5, 3)), gated=True),
+        r"gated needs an even number of outputs, got weights \(2, 5, 3\)",
+    ),
+    "row weights": (
+        dict(row_weights=jnp.zeros(3)),
+        r"row_weights must be float32 of shape \(4,\), one per row; got float32 of shape \(3,\)",
+    ),
     "implementation": (
         dict(implementation="ragged_dot"),
         "grouped_matmul has no implementation 'ragged_dot'",

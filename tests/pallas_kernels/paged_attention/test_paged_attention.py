@@ -1,17 +1,14 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, bits_dtype, paged_attention
-from tests.pallas_kernels.paged_attention.cases import Case, by_hand
+from pallas_kernels.paged_attention import bits_dtype, paged_attention
+from pallas_kernels.paged_attention.shapes import HEADS
+from tests.pallas_kernels.paged_attention.cases import Case
+from tests.pallas_kernels.paged_attention.running import SCALE, attend, check, implementations, run
 from tests.tolerances import assert_close
 
-SCALE = 0.125
 CASES = {
     "decode one": Case(queries=(1,), keys=(37,)),
     "decode ragged": Case(queries=(1, 1, 0, 1, 1), keys=(1, 16, 0, 17, 96)),
@@ -29,40 +26,11 @@ CASES = {
     "large pages": Case(
         queries=(20, 1), keys=(150, 129), page_size=128, pages_per_seq=2, head_dim=128
     ),
+    "head_dim 80": Case(queries=(1, 9), keys=(20, 70), head_dim=80, page_size=64, pages_per_seq=2),
+    "head_dim 96": Case(queries=(1, 9), keys=(20, 70), head_dim=96, page_size=32, pages_per_seq=3),
+    "head_dim 192": Case(queries=(1,), keys=(35,), head_dim=192, kv_heads=4),
     "widest head": Case(queries=(9,), keys=(20,), page_size=32, head_dim=256, pages_per_seq=1),
 }
-implementations = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("max_query_length", "implementation", "sliding_window", "soft_cap"),
-)
-def attend(*arrays, **options):
-    return paged_attention(*arrays, scale=SCALE, return_log_sum_exp=True, **options)
-
-
-def run(case: Case, arrays, implementation: str, **options):
-    return attend(
-        *arrays,
-        max_query_length=case.max_query_length,
-        implementation=implementation,
-        **options,
-    )
-
-
-def check(case: Case, dtype: str, implementation: str, window=None, soft_cap=None, sinks=None):
-    arrays = case.arrays(dtype)
-    output, log_sum_exp = run(
-        case, arrays, implementation, sliding_window=window, soft_cap=soft_cap, sinks=sinks
-    )
-    expected, expected_log = by_hand(
-        case, arrays, scale=SCALE, window=window, soft_cap=soft_cap, sinks=sinks
-    )
-    assert output.dtype == arrays[0].dtype
-    assert log_sum_exp.dtype == jnp.float32
-    assert_close(output, expected)
-    assert_close(log_sum_exp, expected_log, dtype)
 
 
 @implementations
@@ -70,6 +38,49 @@ def check(case: Case, dtype: str, implementation: str, window=None, soft_cap=Non
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, dtype, implementation):
     check(CASES[name], dtype, implementation)
+
+
+@implementations
+@pytest.mark.parametrize("queries", [(1, 1), (9, 1)])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_of_real_models(name, queries, implementation):
+    """Their numbers of heads and their options, on a short context."""
+    shape = HEADS[name]
+    window = None if shape.sliding_window is None else 20
+    case = Case(
+        queries=queries,
+        keys=(45, 3),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        free_before=window,
+    )
+    sinks = jnp.linspace(-1, 2, shape.heads) if shape.sinks else None
+    check(case, "bfloat16", implementation, window, sinks=sinks)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("queries", [(1, 1, 1, 1), (512,), (200, 1, 0, 1)])
+@pytest.mark.parametrize("name", HEADS)
+def test_real_models_at_long_contexts(name, queries, accelerator):
+    shape = HEADS[name]
+    keys = (8192, 700, 4000, 1)[: len(queries)]
+    case = Case(
+        queries=queries,
+        keys=keys,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        pages_per_seq=512,
+        free_before=shape.sliding_window,
+    )
+    arrays = case.arrays("bfloat16")
+    sinks = jnp.linspace(-1, 2, shape.heads) if shape.sinks else None
+    options = dict(sliding_window=shape.sliding_window, soft_cap=None, sinks=sinks)
+    output, log_sum_exp = run(case, arrays, accelerator, **options)
+    expected, expected_log = run(case, arrays, "xla", **options)
+    assert_close(output, expected)
+    assert_close(log_sum_exp, expected_log, "bfloat16")
 
 
 @implementations
@@ -165,30 +176,6 @@ def test_the_capacity_of_the_cache_costs_no_memory(dtype, max_query_length):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192, 2048) <= temporaries(64, 32) + (1 << 16)
-
-
-@st.composite
-def ragged_cases(draw):
-    """Of few static shapes, so that few programs are compiled."""
-    keys = tuple(draw(st.integers(0, 96)) for _ in range(4))
-    longest = draw(st.sampled_from([1, 8, 96]))
-    queries = tuple(draw(st.integers(0, min(k, longest))) for k in keys)
-    return Case(
-        queries=queries,
-        keys=keys,
-        bound=longest,
-        rows=4 * longest,
-        free_pages=30 - sum(-(-k // 16) for k in keys),
-        free_before=draw(st.sampled_from([None, 20])),
-        seed=draw(st.integers(0, 9)),
-    )
-
-
-@implementations
-@settings(max_examples=25)
-@given(case=ragged_cases())
-def test_ragged_batches(implementation, case):
-    check(case, "float32", implementation, case.free_before)
 
 
 WRONG = {
