@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from kernel_alternatives import alternatives, as_it_is
-from kernel_cases import Arrays, Case, cases, memory_budget
-from kernel_report import benchmark_table, today, versions, write_json
-from kernel_tiles import plan
-from kernel_timing import compile_programs, device_rates, difference, healthy, measure, reason
+from kernel_bench.alternatives import alternatives, as_it_is
+from kernel_bench.cases import Arrays, Case, cases, memory_budget
+from kernel_bench.report import benchmark_table, today, versions, write_json
+from kernel_bench.tiles import plan
+from kernel_bench.timing import compile_programs, device_rates, difference, healthy, measure, reason
 
 OPERATIONS = ("paged_attention", "grouped_matmul")
 # Alternatives round at other places than we do; more than this is another result.
@@ -103,7 +103,7 @@ class Bench:
         return f"skipped: {why}"
 
     def _run_case(self, case: Case) -> str:
-        faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True, file=2)
         try:
             row = self._row(case)
         except DeviceLost:

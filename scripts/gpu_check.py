@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kernel_report import benchmark_table, markdown_table, today, versions, write_json
+from kernel_bench.report import benchmark_table, markdown_table, today, versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -83,9 +83,10 @@ def run_part(part: Part, seconds: float) -> Outcome:
 
     def show() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            print(f"  {line}", end="", flush=True)
+        with process.stdout:
+            for line in process.stdout:
+                lines.append(line)
+                print(f"  {line}", end="", flush=True)
 
     reader = threading.Thread(target=show, daemon=True)
     reader.start()
@@ -160,6 +161,7 @@ def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-o", "addopts="]
     tests += ["--strict-markers", "--import-mode=importlib", "--continue-on-collection-errors"]
+    tests += ["-W", "default"]  # what an unknown machine warns of is no failure here
     if dry_run:
         tests += ["tests/pallas_kernels/test_choose.py"]
     else:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import kernel_tiles
-from kernel_cases import Arrays, Case, cases, memory_budget
-from kernel_report import today, versions, write_json
-from kernel_timing import compile_programs, difference, healthy, measure, reason
+from kernel_bench import tiles as kernel_tiles
+from kernel_bench.cases import Arrays, Case, cases, memory_budget
+from kernel_bench.report import today, versions, write_json
+from kernel_bench.timing import compile_programs, difference, healthy, measure, reason
 
 import pallas_kernels
 from pallas_kernels.tuning import device_kind, table_name

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from host_offload.memory import zeros
 from moe_jax.config import ModelConfig
-from pallas_kernels.paged_attention import bits_dtype
+from pallas_kernels.paged_attention import bits_dtype, lane_packing
 
 PAGE_SIZE = 16
 
@@ -22,10 +22,20 @@ PAGE_SIZE = 16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerKv:
-    """The pages of one layer, as floats or as the bits of floats (see `storage_dtype`)."""
+    """The pages of one layer, as the backend likes them (`storage_dtype`, `storage_heads`)."""
 
-    keys: Shaped[Array, "pages page_size kv_heads head_dim"]
-    values: Shaped[Array, "pages page_size kv_heads head_dim"]
+    keys: Shaped[Array, "pages page_size packs width"]
+    values: Shaped[Array, "pages page_size packs width"]
+
+    def by_head(
+        self, head_dim: int
+    ) -> tuple[
+        Shaped[Array, "pages page_size kv_heads head_dim"],
+        Shaped[Array, "pages page_size kv_heads head_dim"],
+    ]:
+        """Keys and values with an axis for every head; a view."""
+        view = lambda pages: pages.reshape(*pages.shape[:2], -1, head_dim)
+        return view(self.keys), view(self.values)
 
 
 def kv_bytes_per_page(config: ModelConfig, itemsize: int) -> int:
@@ -42,9 +52,16 @@ def storage_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     return bits_dtype(np.dtype(dtype)) if jax.default_backend() == "cpu" else np.dtype(dtype)
 
 
+def storage_heads(kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """The last two axes of pages: on a TPU, heads side by side until they fill its lanes."""
+    packing = lane_packing(kv_heads, head_dim) if jax.default_backend() == "tpu" else 1
+    return kv_heads // packing, packing * head_dim
+
+
 def allocate_kv(config: ModelConfig, pages: int, dtype: jax.typing.DTypeLike) -> list[LayerKv]:
     """Empty pages for every layer, in device memory."""
-    shape = (pages, PAGE_SIZE, config.attention.kv_heads, config.attention.head_dim)
+    a = config.attention
+    shape = (pages, PAGE_SIZE, *storage_heads(a.kv_heads, a.head_dim))
     empty = lambda: zeros(shape, storage_dtype(dtype), "device")
     return [LayerKv(empty(), empty()) for _ in range(config.layers)]
 
@@ -64,6 +81,7 @@ def write_kv(
         if rows.dtype != pages.dtype:
             rows = lax.bitcast_convert_type(rows, pages.dtype)
         flat = pages.reshape(-1, *pages.shape[2:])
+        rows = rows.reshape(-1, *pages.shape[2:])
         return flat.at[slot].set(rows, mode="drop").reshape(pages.shape)
 
     return LayerKv(write(kv.keys, key), write(kv.values, value))

@@ -61,8 +61,7 @@ def run_layer(
         kv = write_kv(kv, step.slot, key, value)
         attended = paged_attention(
             query,
-            kv.keys,
-            kv.values,
+            *kv.by_head(config.attention.head_dim),
             step.block_tables,
             step.query_starts,
             step.kv_lengths,

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gpu_memory import shared_memory
 from pallas_kernels.grouped_matmul.row_tiles import row_tile, tile_count
 from pallas_kernels.tuning import bucket, find_tiles
 
@@ -70,13 +71,14 @@ def choose_tiles(
     measured = find_tiles("grouped_matmul", "gpu", key)
     if measured is not None:
         return Tiles(**measured), True
-    return guess_tiles(rows, groups, out, inputs, dtype, gated=gated), False
+    memory = shared_memory()
+    return guess_tiles(rows, groups, inputs, dtype, gated=gated, memory=memory), False
 
 
 def guess_tiles(
-    rows: int, groups: int, out: int, inputs: int, dtype: DTypeLike, *, gated: bool
+    rows: int, groups: int, inputs: int, dtype: DTypeLike, *, gated: bool, memory: int
 ) -> Tiles:
-    """Returns tiles that fit into the shared memory of Ampere, Ada and Hopper alike.
+    """Returns tiles that fit into this shared memory, in bytes, and should be reasonable.
 
     A tile holds twice the average group, so that most matrices are read once. Small tiles are a
     matter of reading weights: narrow, so that there are enough programs to fill the GPU, with
@@ -92,6 +94,9 @@ def guess_tiles(
         width, step, warps, stages = 128, 64, height // 16, 3
     else:  # One program per multiprocessor: fewer reads per product, if there are enough steps.
         width, step, warps, stages = 256, 64, 8, 3
+    itemsize = jnp.dtype(dtype).itemsize
+    while (height + width) * step * itemsize * stages > memory:
+        width //= 2
     # A last step that is not full costs as much as a full one, and its reads are not under way.
     while step > 32 and inputs % step:
         step, stages = step // 2, stages + 1

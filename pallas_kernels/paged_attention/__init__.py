@@ -16,9 +16,10 @@ from pallas_kernels.paged_attention.arguments import Pages, bits_dtype, check_ar
 from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
+from pallas_kernels.paged_attention.tpu_tiles import lane_packing
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
-__all__ = ["IMPLEMENTATIONS", "bits_dtype", "paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "bits_dtype", "lane_packing", "paged_attention"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": paged_attention_reference,
@@ -100,6 +101,8 @@ def paged_attention(
       key_pages, value_pages: in query's dtype, or its bits as unsigned integers (`bits_dtype`).
         Key p of sequence s lies in page block_tables[s, p // page_size] at p % page_size. Keep
         bits on the CPU: with jax 0.10.2 a write into a bfloat16 array there rewrites all of it.
+        On a TPU keep `lane_packing` heads side by side and reshape for the call, which is free;
+        pages with other unfilled lanes are copied whole.
       block_tables: page ids. Entries that hold no visible key may be anything.
       query_starts: non-decreasing, starting at 0. A sequence may have no queries.
       kv_lengths: keys per sequence, those of its current queries included, so the n queries of

@@ -13,7 +13,7 @@ of padding are set to 0 in the same pass.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.arguments import Pages, unpacked
+from pallas_kernels.paged_attention.gpu_chunks import chunks_of, load_chunk, store_chunk
 from pallas_kernels.paged_attention.gpu_tiles import (
     FEWEST_KEYS_PER_SPLIT,
     SMALLEST,
@@ -42,14 +43,6 @@ _LOG2_E = math.log2(math.e)
 # Start of the running maximum: below every real score, and finite, so that differences of two of
 # them are 0 and not NaN.
 _LOWEST = -1e30
-
-
-class _Chunk(NamedTuple):
-    """A part of head_dim as wide as a power of two; columns past `real` are padding."""
-
-    start: int
-    width: int
-    real: int
 
 
 def paged_attention_gpu(
@@ -166,7 +159,7 @@ def _attend(
     page_size, block_k = workload.page_size, tiles.block_k
     tile = tile_queries(workload, tiles.rows)
     items = item_count(workload, tiles.rows)
-    chunks = _chunks(workload.head_dim)
+    chunks = chunks_of(workload.head_dim)
     dtype = query_ref.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -206,7 +199,7 @@ def _attend(
         begin = share * blocks_per_share
         stop = jnp.minimum(begin + blocks_per_share, blocks)
 
-        queries = tuple(_load(query_ref, (token, head), chunk, real) for chunk in chunks)
+        queries = tuple(load_chunk(query_ref, (token, head), chunk, real) for chunk in chunks)
         column = jnp.arange(block_k, dtype=jnp.int32)
 
         def find(block: Array) -> tuple[Array, Array]:
@@ -229,7 +222,7 @@ def _attend(
             scores = sum(
                 pltriton.dot(
                     part,
-                    unpacked(_load(key_ref, place, chunk, live), dtype),
+                    unpacked(load_chunk(key_ref, place, chunk, live), dtype),
                     trans_b=True,
                     precision=precision,
                 )
@@ -254,7 +247,7 @@ def _attend(
                 part * rescale[:, None]
                 + pltriton.dot(
                     weights,
-                    unpacked(_load(value_ref, place, chunk, live), dtype),
+                    unpacked(load_chunk(value_ref, place, chunk, live), dtype),
                     precision=precision,
                 )
                 for part, chunk in zip(weighted, chunks, strict=True)
@@ -282,7 +275,7 @@ def _attend(
         # A share with nothing to say leaves its partial result unwritten; the merge skips it.
         stored = real if tiles.splits == 1 else real & (total > 0)
         for part, chunk in zip(weighted, chunks, strict=True):
-            _store(output_ref, (share, token, head), chunk, part * inverse[:, None], stored)
+            store_chunk(output_ref, (share, token, head), chunk, part * inverse[:, None], stored)
 
 
 def _find_tile(start_ref: Any, item: Array, workload: Workload, tile: int) -> tuple[Array, Array]:
@@ -324,9 +317,9 @@ def _clear_padding(
         share = jnp.int32(0)
         nothing = jnp.full((tiles.rows,), -jnp.inf, jnp.float32)
         pltriton.store(log_ref.at[share, token, head], nothing, mask=mask)
-        for chunk in _chunks(workload.head_dim):
+        for chunk in chunks_of(workload.head_dim):
             zeros = jnp.zeros((tiles.rows, chunk.width), jnp.float32)
-            _store(output_ref, (share, token, head), chunk, zeros, mask)
+            store_chunk(output_ref, (share, token, head), chunk, zeros, mask)
 
     jax.lax.fori_loop(0, mine, clear, None)
 
@@ -351,8 +344,8 @@ def _merge(
     total = jnp.sum(weights)
     log_ref[token, head] = jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)
     weights /= jnp.where(total > 0, total, 1)
-    for chunk in _chunks(workload.head_dim):
-        parts = _load(part_ref, (share, token, head), chunk, logs > -jnp.inf)
+    for chunk in chunks_of(workload.head_dim):
+        parts = load_chunk(part_ref, (share, token, head), chunk, logs > -jnp.inf)
         merged = jnp.sum(parts * weights[:, None], axis=0)
         column = jnp.arange(chunk.width, dtype=jnp.int32)
         pltriton.store(
@@ -362,41 +355,6 @@ def _merge(
         )
 
 
-def _chunks(head_dim: int) -> tuple[_Chunk, ...]:
-    """Cuts head_dim into powers of two, widest first: 192 is 128 and 64.
-
-    Triton's arrays are as wide as powers of two; cutting wastes less than padding.
-    """
-    chunks, start = [], 0
-    while start < head_dim:
-        left = head_dim - start
-        width = max(SMALLEST, 1 << (left.bit_length() - 1))
-        chunks.append(_Chunk(start, width, min(left, width)))
-        start += width
-    return tuple(chunks)
-
-
 def _ceil_div(number: Array, by: int) -> Array:
     """Divides an array that is nowhere negative, rounding up."""
     return jax.lax.div(number + (by - 1), by)
-
-
-def _at(ref: Any, place: tuple[Array, ...], chunk: _Chunk, mask: Array) -> tuple[Any, Array]:
-    """Points at a chunk of the heads that each row of `place` names."""
-    column = jnp.arange(chunk.width, dtype=jnp.int32)[None, :]
-    rows = (index[:, None] if index.ndim else index for index in place)
-    mask = mask[:, None]
-    if chunk.real < chunk.width:
-        mask &= column < chunk.real
-    mask = jnp.broadcast_to(mask, (mask.shape[0], chunk.width))
-    return ref.at[(*rows, chunk.start + column)], mask
-
-
-def _load(ref: Any, place: tuple[Array, ...], chunk: _Chunk, mask: Array) -> Array:
-    where, mask = _at(ref, place, chunk, mask)
-    return pltriton.load(where, mask=mask, other=0)
-
-
-def _store(ref: Any, place: tuple[Array, ...], chunk: _Chunk, values: Array, mask: Array) -> None:
-    where, mask = _at(ref, place, chunk, mask)
-    pltriton.store(where, values.astype(ref.dtype), mask=mask)

@@ -5,16 +5,13 @@ Knows static shapes, not arrays; the kernel itself is `pallas_kernels.paged_atte
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_memory import shared_memory
 from pallas_kernels.tuning import bucket, find_tiles
 
 # What Triton's matrix products need in each dimension.
 SMALLEST = 16
-# Shared memory that a block may have, by compute capability. 8.6, 8.9 and 12.0 are the tightest.
-_SHARED_MEMORY = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10}
-LEAST_SHARED_MEMORY = 96 << 10
 # Programs that keep a large GPU (132 multiprocessors) busy to the end: decode waits for memory and
 # wants several at once on each, prefill works from registers and has room for one or two.
 _ENOUGH_SMALL_PROGRAMS = 1024
@@ -100,13 +97,7 @@ def choose_tiles(workload: Workload) -> tuple[Tiles, bool]:
     return guess_tiles(workload, shared_memory()), False
 
 
-def shared_memory() -> int:
-    """Returns the bytes of shared memory that a program may use on the first device."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return _SHARED_MEMORY.get(str(capability), LEAST_SHARED_MEMORY)
-
-
-def guess_tiles(workload: Workload, memory: int = LEAST_SHARED_MEMORY) -> Tiles:
+def guess_tiles(workload: Workload, memory: int) -> Tiles:
     """Returns tiles that fit this shared memory, in bytes, and should be reasonable."""
     full = workload.dtype == "float32"  # no tensor cores: operands live in registers
     most = min(bucket(workload.max_query_length * workload.group), 32 if full else _MOST_ROWS)
@@ -128,26 +119,6 @@ def guess_tiles(workload: Workload, memory: int = LEAST_SHARED_MEMORY) -> Tiles:
     useful = bucket(-(-workload.reach // FEWEST_KEYS_PER_SPLIT))
     splits = min(bucket(-(-enough // programs)), useful, _MOST_SPLITS)
     return Tiles(rows=rows, block_k=block_k, splits=splits, warps=warps, stages=stages)
-
-
-def candidate_tiles(workload: Workload, memory: int = LEAST_SHARED_MEMORY) -> list[Tiles]:
-    """Returns tiles worth measuring that should fit this shared memory, the guess first."""
-    guess = guess_tiles(workload, memory)
-    decode = workload.max_query_length == 1
-    rows = {guess.rows} if decode else {guess.rows // 2, guess.rows, guess.rows * 2}
-    splits = {guess.splits // 2, guess.splits, guess.splits * 2, guess.splits * 4}
-    others = [
-        Tiles(rows=r, block_k=k, splits=s, warps=w, stages=n)
-        for r in sorted(rows)
-        for k in (16, 32, 64, 128)
-        for s in sorted(splits)
-        for w in ((1, 2, 4) if r < _MANY_ROWS else (4, 8))
-        for n in (2, 3, 4)
-        if r >= workload.fewest_rows
-        and 1 <= s <= min(_MOST_SPLITS, bucket(workload.reach))
-        and shared_bytes(workload, r, k, n) <= memory
-    ]
-    return [guess, *(tiles for tiles in others if tiles != guess)]
 
 
 def shared_bytes(workload: Workload, rows: int, block_k: int, stages: int) -> int:

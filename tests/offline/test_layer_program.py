@@ -8,7 +8,7 @@ from flax import nnx
 pytest.importorskip("libtpu")
 pytest.importorskip("jax_plugins.xla_cuda13")
 
-from moe_jax.cache.paged_kv import LayerKv
+from moe_jax.cache.paged_kv import LayerKv, storage_heads
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
 from moe_jax.model.layer import Tally, run_layer
@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 def compile_layer(target, tokens, slots, **flags):
     """One layer of 8 experts, `slots` of them resident, the others in pinned host memory."""
     i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
-    graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(CONFIG, 0, bf16)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(CONFIG, 0, jnp.dtype(bf16))))
     parameters = jax.tree.map(lambda x: array(x.shape, x.dtype), nnx.to_pure_dict(state))
     gate_up, down = CONFIG.expert_shapes
     bank = ExpertBank(array((slots, *gate_up), bf16), array((slots, *down), bf16))
@@ -45,7 +45,7 @@ def compile_layer(target, tokens, slots, **flags):
     experts = LayerExperts(
         bank if slots else (), (host,) * (EXPERTS - slots), array((EXPERTS,), i32)
     )
-    pages = array((64, 16, 2, 64), bf16)
+    pages = array((64, 16, *storage_heads(2, 64)), bf16)
     step = StepState(
         valid=array((tokens,), jnp.bool_),
         slot=array((tokens,), i32),

@@ -16,11 +16,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_kernels
 import gpu_check
-import kernel_cases
-import kernel_report
-import kernel_tiles
-import kernel_timing
 import tune
+from kernel_bench import cases as kernel_cases
+from kernel_bench import report as kernel_report
+from kernel_bench import tiles as kernel_tiles
+from kernel_bench import timing as kernel_timing
 
 from pallas_kernels import tuning
 

@@ -1,10 +1,18 @@
 """Pages: who gets them, and what is written into them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cache.paged_kv import PAGE_SIZE, LayerKv, assign_pages, pages_for, write_kv
+from moe_jax.cache.paged_kv import (
+    PAGE_SIZE,
+    LayerKv,
+    assign_pages,
+    pages_for,
+    storage_heads,
+    write_kv,
+)
 
 
 def test_sequences_get_pages_of_their_own():
@@ -27,3 +35,21 @@ def test_padding_is_written_nowhere():
     assert kv.keys[1, 2, 0].tolist() == [1.0, 2.0]
     assert float(jnp.sum(kv.keys)) == 3.0
     np.testing.assert_array_equal(kv.keys, kv.values)
+
+
+@pytest.mark.parametrize(
+    "backend, kv_heads, head_dim, heads",
+    [("cpu", 8, 64, (8, 64)), ("tpu", 8, 64, (4, 128)), ("tpu", 1, 64, (1, 64)),
+     ("tpu", 4, 128, (4, 128)), ("tpu", 16, 192, (8, 384))],
+)  # fmt: skip
+def test_heads_fill_the_lanes_of_a_tpu_and_are_told_apart_again(
+    backend, kv_heads, head_dim, heads, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert storage_heads(kv_heads, head_dim) == heads
+    pages = jnp.zeros((2, PAGE_SIZE, *heads))
+    rows = jnp.arange(3.0 * kv_heads * head_dim).reshape(3, kv_heads, head_dim)
+    kv = write_kv(LayerKv(pages, pages), jnp.arange(3) + PAGE_SIZE, rows, -rows)
+    keys, values = kv.by_head(head_dim)
+    np.testing.assert_array_equal(keys[1, :3], rows)
+    np.testing.assert_array_equal(values[1, :3], -rows)

@@ -23,8 +23,7 @@ SIZES = {
 
 
 @implementations
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("unused_rows", [1, 9])
+@pytest.mark.parametrize("unused_rows, dtype", [(1, "float32"), (9, "bfloat16")])
 @pytest.mark.parametrize("name", SIZES)
 def test_values(name, unused_rows, dtype, implementation):
     check(SIZES[name], unused_rows, dtype, implementation)

@@ -84,7 +84,7 @@ def test_real_models_at_long_contexts(name, queries, accelerator):
 
 
 @implementations
-@pytest.mark.parametrize("window", [1, 5, 16, 1000])
+@pytest.mark.parametrize("window", [1, 5, 1000])
 @pytest.mark.parametrize("queries, keys", [((1, 1), (90, 3)), ((40, 1, 9), (95, 50, 9))])
 def test_a_sliding_window_needs_no_page_before_it(queries, keys, window, implementation):
     check(Case(queries=queries, keys=keys, free_before=window), "float32", implementation, window)
@@ -109,8 +109,7 @@ def test_soft_cap_and_sinks(queries, implementation):
 
 
 @implementations
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("queries", [(1, 1), (40, 9)])
+@pytest.mark.parametrize("queries, dtype", [((1, 1), "bfloat16"), ((40, 9), "float32")])
 def test_pages_may_be_kept_as_bits(queries, dtype, implementation):
     case = Case(queries=queries, keys=(60, 10))
     query, *pages, tables, starts, lengths = case.arrays(dtype)

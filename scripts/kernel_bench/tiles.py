@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import jax
-from kernel_cases import Arrays, Case
+from kernel_bench.cases import Arrays, Case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

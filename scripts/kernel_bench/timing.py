@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import Arrays
+from kernel_bench.cases import Arrays
 
 _MOST_IN_FLIGHT = 32  # beyond it the runtime may make the host wait
 
