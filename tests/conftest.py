@@ -19,6 +19,17 @@ if find_spec("hypothesis"):  # scripts/gpu_check.py runs the other tests where i
     settings.load_profile("ci")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs when there are many: Linux gives a process 65,530 memory maps.
+
+    A program of XLA:CPU takes a handful; past the limit, the compiler crashes.
+    """
+    yield
+    if len(jax.devices()[0].client.live_executables()) > 1000:
+        jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--require",

@@ -1,6 +1,5 @@
 """Puts arrays where a model is served from, by the names checkpoints know them under, and back."""
 
-import functools
 import re
 from collections import defaultdict
 
@@ -13,6 +12,7 @@ from jax.sharding import Sharding
 from host_offload.memory import sharding, zeros
 from moe_jax.config import ModelConfig
 from moe_jax.engine.runner import ServedModel
+from moe_jax.engine.swap import store_in_bank
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
 from moe_jax.model.programs import Programs, ServedLayer
 from moe_jax.model.weights import LayerWeights
@@ -54,7 +54,7 @@ class ArrayReceiver:
         if key not in self._banks:
             shape = (self._plan.slots[key[0]], *array.shape)
             self._banks[key] = zeros(shape, self._dtype, "device")
-        self._banks[key] = _store(self._banks[key], array, slot)
+        self._banks[key] = store_in_bank(self._banks[key], array, slot)
 
     def build(self, programs: Programs, curves: CostCurves) -> ServedModel:
         """The model, once every array is here."""
@@ -118,12 +118,6 @@ def arrays_by_target(model: ServedModel) -> dict[str, jax.Array]:
             name = f"layers.{index}.experts.{expert}"
             arrays |= {f"{name}.gate_up": pair.gate_up, f"{name}.down": pair.down}
     return arrays
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _store(bank, array, slot):
-    """Donates bank. Writes one expert into its slot."""
-    return bank.at[slot].set(array)
 
 
 def _layer_graph(config: ModelConfig, layer: int, dtype: jnp.dtype) -> nnx.GraphDef:

@@ -1,7 +1,6 @@
 """The engine: one loaded model and everything a user asks of it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from moe_jax.checkpoint.orbax import save_checkpoint
 from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
 from moe_jax.decoding.sampling_params import sampling_params
 from moe_jax.engine.arrays import arrays_by_target
-from moe_jax.engine.generation import Request, Timings, generate_batch
+from moe_jax.engine.generation import Request, StepTime, generate_batch
+from moe_jax.engine.monitor import Monitor
 from moe_jax.engine.outputs import Completion, Piece
 from moe_jax.engine.plan import Plan
 from moe_jax.engine.prompts import encode_prompt, is_many
@@ -53,7 +53,7 @@ class Engine:
         self._capacity = max_tokens
         self._max_seqs = max_seqs
         self._progress = progress
-        self._stats = Stats(expert_bytes=plan.memory.expert_bytes)
+        self._monitor = Monitor(plan.memory, runner.model.curves)
         self._run_number = 0
 
     def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
@@ -103,8 +103,8 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """Totals since loading: tokens, seconds, experts by placement, bytes."""
-        self._stats = self._stats.with_tally(self._runner.take_tally())
-        return replace(self._stats, traces=dict(self._runner.programs.traces))
+        self._monitor.after_other(self._runner.take_reports())
+        return self._monitor.stats(self._runner.programs.traces)
 
     def save(self, folder: str | Path) -> None:
         """Writes an Orbax checkpoint with config and tokenizer that `moe_jax.load` reads.
@@ -142,26 +142,28 @@ class Engine:
         """Makes the KV pages ours; a stream that still used them is over."""
         self._run_number += 1
         self._runner.restore_kv()
+        self._monitor.after_other(self._runner.take_reports())
         return self._run_number
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
         done = 0
         while done < len(requests):
             batch = self._next_batch(requests[done:])
-            timings = Timings()
             number = self._take_over()
-            pieces = generate_batch(self._runner, batch, self.tokenizer, timings, self._progress)
-            try:
-                for index, piece in pieces:
-                    yield done + index, piece
-                    if number != self._run_number and piece.finish_reason is None:
-                        raise RuntimeError(
-                            "this stream is over: the engine was used for something else before "
-                            "the stream had ended; read a stream to its end first"
-                        )
-            finally:
-                self._add(timings)
+            pieces = generate_batch(
+                self._runner, batch, self.tokenizer, self._after_step, self._progress
+            )
+            for index, piece in pieces:
+                yield done + index, piece
+                if number != self._run_number and piece.finish_reason is None:
+                    raise RuntimeError(
+                        "this stream is over: the engine was used for something else before "
+                        "the stream had ended; read a stream to its end first"
+                    )
             done += len(batch)
+
+    def _after_step(self, step: StepTime) -> None:
+        self._monitor.after_step(step, self._runner.take_reports())
 
     def _next_batch(self, requests: Sequence[Request]) -> Sequence[Request]:
         """As many of the first requests as there are seats and KV for."""
@@ -171,17 +173,6 @@ class Engine:
             if count and (used > self._capacity or count >= self._max_seqs):
                 return requests[:count]
         return requests
-
-    def _add(self, timings: Timings) -> None:
-        s = self._stats
-        self._stats = replace(
-            s,
-            prompt_tokens=s.prompt_tokens + timings.prompt_tokens,
-            generated_tokens=s.generated_tokens + timings.generated_tokens,
-            decode_tokens=s.decode_tokens + timings.decode_tokens,
-            prefill_seconds=s.prefill_seconds + timings.prefill_seconds,
-            decode_seconds=s.decode_seconds + timings.decode_seconds,
-        )
 
 
 def _join(pieces: Sequence[Piece]) -> Completion:

@@ -5,7 +5,7 @@ Knows sampling, stopping and detokenisation; the steps themselves are the runner
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,15 +39,19 @@ class Request:
     context: tuple[int, ...] = ()
 
 
-@dataclass
-class Timings:
-    """Where the time of a batch went."""
+@dataclass(frozen=True)
+class StepTime:
+    """One prefill or decode step, sampling included.
 
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    decode_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    Attributes:
+      prompt_tokens: tokens prefilled; 0 in decode.
+      sampled_tokens: one for each sequence that ran.
+      seconds: wall-clock.
+    """
+
+    prompt_tokens: int
+    sampled_tokens: int
+    seconds: float
 
 
 class _Sequence:
@@ -101,11 +105,12 @@ def generate_batch(
     runner: Runner,
     requests: Sequence[Request],
     tokenizer: Tokenizer | None,
-    timings: Timings,
+    after_step: Callable[[StepTime], None],
     show_progress: bool = False,
 ) -> Iterator[tuple[int, Piece]]:
     """Prefills each prompt, then decodes all sequences together until each has ended.
 
+    `after_step` is called after each of these steps, before its pieces are handed out.
     Yields (index of the request, piece). Closing the iterator early is safe: pages belong to the
     batch and are handed out anew to the next one.
     """
@@ -118,9 +123,7 @@ def generate_batch(
         started = time.perf_counter()
         logits = _prefill(runner, sequence, show_progress)
         piece = sampler.step([sequence], logits)[0]
-        timings.prefill_seconds += time.perf_counter() - started
-        timings.prompt_tokens += len(request.prompt)
-        timings.generated_tokens += 1
+        after_step(StepTime(len(request.prompt), 1, time.perf_counter() - started))
         if piece.finish_reason is None:
             running.append(sequence)
         yield index, piece
@@ -129,9 +132,7 @@ def generate_batch(
         bucket = 1 << (len(running) - 1).bit_length()
         logits = runner.decode([sequence.next_input() for sequence in running], bucket)
         pieces = sampler.step(running, logits)
-        timings.decode_seconds += time.perf_counter() - started
-        timings.decode_tokens += len(running)
-        timings.generated_tokens += len(running)
+        after_step(StepTime(0, len(running), time.perf_counter() - started))
         stepped = list(zip(running, pieces, strict=True))
         running = [sequence for sequence, piece in stepped if piece.finish_reason is None]
         for sequence, piece in stepped:

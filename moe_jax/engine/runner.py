@@ -4,18 +4,20 @@ Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from host_offload.interrupts import interrupts_held
 from moe_jax.cache.paged_kv import PAGE_SIZE, allocate_kv
 from moe_jax.config import ModelConfig
-from moe_jax.model.layer import Tally
+from moe_jax.engine.swap import swap_experts
 from moe_jax.model.programs import Programs, ServedLayer
 from moe_jax.model.step import StepInputs
+from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
 
 PREFILL_BUCKETS = (32, 128, 512)
@@ -51,6 +53,23 @@ class NewTokens:
     pages: Int[np.ndarray, " pages_per_seq"]
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """One step that ran.
+
+    Attributes:
+      tokens: rows of its bucket.
+      max_query_length: 1 in decode.
+      compiled: whether a program was compiled for it.
+      tally: what its layers did.
+    """
+
+    tokens: int
+    max_query_length: int
+    compiled: bool
+    tally: Tally
+
+
 class Runner:
     """Executes steps of one model over its own KV pages."""
 
@@ -59,19 +78,32 @@ class Runner:
         self.programs = programs
         self.pages = pages
         self._kv = allocate_kv(model.config, pages, model.dtype)
-        self._tally = Tally.empty()
+        self._unread: list[StepReport] = []
 
     def restore_kv(self) -> None:
         """Allocates anew what an interrupted step donated and did not give back."""
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv)):
             self._kv = allocate_kv(self.model.config, self.pages, self.model.dtype)
-        self._restore_tally()
 
-    def take_tally(self) -> Tally:
-        """What the layers did since the last call; waits for it."""
-        self._restore_tally()
-        tally, self._tally = self._tally, Tally.empty()
-        return jax.device_get(tally)
+    def take_reports(self) -> list["StepReport"]:
+        """The steps since the last call; waits until they are done."""
+        reports, self._unread = self._unread, []
+        return [replace(report, tally=jax.device_get(report.tally)) for report in reports]
+
+    def swap(self, layer: int, incoming: int, outgoing: int) -> None:
+        """Makes one expert of a layer resident in the place of another.
+
+        An interrupt is delivered when both are where they belong.
+
+        Raises ValueError if one of them is not where it must be.
+        """
+        served = self.model.layers[layer]
+        if served.experts is None:
+            raise ValueError(f"layer {layer} is dense: it has no experts to swap")
+        with interrupts_held():
+            swapped = replace(served, experts=swap_experts(served.experts, incoming, outgoing))
+            layers = (*self.model.layers[:layer], swapped, *self.model.layers[layer + 1 :])
+            self.model = replace(self.model, layers=layers)
 
     def decode(self, batch: Sequence[NewTokens], bucket: int) -> Float[Array, "bucket vocab"]:
         """One new token per sequence; the first len(batch) rows are their logits."""
@@ -108,20 +140,19 @@ class Runner:
             chunk = NewTokens(tokens, new.cached + start, new.length, new.pages)
             yield self._run([chunk], bucket, seqs=1, max_query_length=bucket), len(tokens)
 
-    def _restore_tally(self) -> None:
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._tally)):
-            self._tally = Tally.empty()
-
     def _run(
         self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int
     ) -> Float[Array, "tokens embed"]:
         model = self.model
+        traced = self.programs.traces.total()
         step = pack_step(batch, tokens, seqs)
-        x, state = self.programs.embed(model.embedding, step)
+        x, state, tally = self.programs.embed(model.embedding, step)
         for i, layer in enumerate(model.layers):
-            x, self._kv[i], self._tally = layer.program(
-                layer, self._kv[i], x, state, model.curves, self._tally, max_query_length
+            x, self._kv[i], tally = layer.program(
+                layer, self._kv[i], x, state, model.curves, tally, max_query_length
             )
+        compiled = self.programs.traces.total() > traced
+        self._unread.append(StepReport(tokens, max_query_length, compiled, tally))
         return x
 
     def _logits(self, x, rows):

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field, replace
 
 from host_offload.memory import format_bytes
-from moe_jax.model.layer import Tally
-from moe_jax.placement.planner import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +17,8 @@ class Stats:
         one expert in one layer of one step, for however many tokens.
       expert_bytes: bytes of one expert.
       predicted_seconds: what the planner expected the expert parts to take.
+      prefill_error, decode_error: the share of their time by which steps were mispredicted, with
+        corrections from earlier steps; None before there was a second step of one kind.
       traces: how often each program was traced, by (name, bucket, ...).
     """
 
@@ -32,6 +32,8 @@ class Stats:
     hosted: int = 0
     expert_bytes: int = 0
     predicted_seconds: float = 0.0
+    prefill_error: float | None = None
+    decode_error: float | None = None
     traces: dict[tuple, int] = field(default_factory=dict)
 
     @property
@@ -61,24 +63,13 @@ class Stats:
         return self.hosted * self.expert_bytes
 
     def since(self, before: "Stats") -> "Stats":
-        """What was added to earlier totals; `traces` stays that of the whole time."""
+        """What was added to earlier totals; traces and errors stay those of the whole time."""
         added = {
             name: getattr(self, name) - getattr(before, name)
             for name in vars(self)
-            if name not in ("expert_bytes", "traces")
+            if name not in ("expert_bytes", "traces", "prefill_error", "decode_error")
         }
         return replace(self, **added)
-
-    def with_tally(self, tally: Tally) -> "Stats":
-        """These totals and what the layers report on top."""
-        modes = [int(count) for count in tally.experts_by_mode]
-        return replace(
-            self,
-            resident=self.resident + modes[Mode.RESIDENT],
-            streamed=self.streamed + modes[Mode.STREAM],
-            hosted=self.hosted + modes[Mode.HOST],
-            predicted_seconds=self.predicted_seconds + float(tally.predicted),
-        )
 
     def __str__(self) -> str:
         return (
@@ -87,4 +78,10 @@ class Stats:
             f"{self.resident} resident ({self.hit_rate:.0%}), {self.streamed} streamed, "
             f"{self.hosted} on host | moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
+            + _error_text("prefill", self.prefill_error)
+            + _error_text("decode", self.decode_error)
         )
+
+
+def _error_text(phase: str, error: float | None) -> str:
+    return "" if error is None else f" | {phase} predicted within {error:.0%}"

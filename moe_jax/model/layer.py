@@ -1,11 +1,10 @@
 """One layer of the served model: attention over pages, then experts wherever they are."""
 
-from dataclasses import dataclass
-from typing import no_type_check
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax.cache.paged_kv import LayerKv, write_kv
 from moe_jax.config import ModelConfig
@@ -15,30 +14,11 @@ from moe_jax.model.experts import LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
 from moe_jax.model.router import route
 from moe_jax.model.step import StepState
+from moe_jax.model.tally import Tally
 from moe_jax.model.weights import LayerWeights, SharedExpertWeights
 from moe_jax.placement.curves import CostCurves
-from moe_jax.placement.planner import Mode, plan_layer
+from moe_jax.placement.planner import Mode, Planner, plan_layer
 from pallas_kernels.paged_attention import paged_attention
-
-
-@no_type_check  # jax rebuilds it with other leaves in the fields
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tally:
-    """What layers did, summed over calls.
-
-    Attributes:
-      experts_by_mode: expert executions, indexed by `Mode`.
-      predicted: seconds the planner expected the expert parts to take.
-    """
-
-    experts_by_mode: Int[Array, " modes"]
-    predicted: Float[Array, ""]
-
-    @classmethod
-    def empty(cls) -> "Tally":
-        """Nothing done yet."""
-        return cls(jnp.zeros(len(Mode), jnp.int32), jnp.zeros((), jnp.float32))
 
 
 def run_layer(
@@ -53,6 +33,7 @@ def run_layer(
     config: ModelConfig,
     window: int | None,
     max_query_length: int,
+    planner: Planner = plan_layer,
 ) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
     """Runs one layer on one step's tokens; `experts` is None in a dense layer."""
     with jax.named_scope("attention"):
@@ -75,10 +56,10 @@ def run_layer(
         with jax.named_scope("dense_ffn"):
             ffn = weights.ffn
             y = gated_ffn_rows(ffn.gate_up[...], ffn.down[...], normed, config.activation)
-            return x + y, kv, tally
+            return x + y, kv, tally.after_dense_layer()
     assert experts is not None, "a layer with a router was given no experts"
     with jax.named_scope("experts"):
-        y, tally = mix_experts(weights, experts, normed, step, curves, tally, config)
+        y, tally = mix_experts(weights, experts, normed, step, curves, tally, config, planner)
     return x + y, kv, tally
 
 
@@ -90,20 +71,29 @@ def mix_experts(
     curves: CostCurves,
     tally: Tally,
     config: ModelConfig,
+    planner: Planner,
 ) -> tuple[Float[Array, "tokens embed"], Tally]:
-    """Routes, plans and computes the mixture, with the shared expert where there is one."""
+    """Routes, plans and computes the mixture, with the shared expert where there is one.
+
+    Whatever the planner says, resident experts run on the device, and a missing expert with tokens
+    that is not streamed runs on the host: a plan decides about time, never about the result.
+    """
     assert weights.router is not None, "a dense layer was given experts"
     gates, chosen, _ = route(weights.router[...], x, config.moe)
     where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts)
     resident = jnp.arange(config.moe.num_experts) < experts.slots
-    plan = plan_layer(where.counts, resident, curves)
+    plan = planner(where.counts, resident, curves)
+    missing = jnp.where(plan.mode == Mode.STREAM, Mode.STREAM.value, Mode.HOST.value)
+    mode = jnp.where(resident, Mode.RESIDENT.value, missing)
+    mode = jnp.where(where.counts > 0, mode, Mode.IDLE.value).astype(jnp.int32)
     blocks = gather_blocks(x, where)
-    blocks = run_experts(experts, blocks, where, plan.mode, config.activation)
+    blocks = run_experts(experts, blocks, where, mode, config.activation)
     y = combine(blocks, gates, where).astype(x.dtype)
     if weights.shared is not None:
         y = y + shared_expert(weights.shared, x, config)
-    by_mode = jnp.bincount(plan.mode, length=len(Mode)).astype(jnp.int32)
-    tally = Tally(tally.experts_by_mode + by_mode, tally.predicted + plan.predicted)
+    routed = jnp.where(step.valid[:, None], gates.astype(jnp.float32), 0)
+    by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(routed)
+    tally = tally.after_experts(replace(plan, mode=mode), where.counts[experts.address], by_expert)
     return y, tally
 
 

@@ -17,10 +17,12 @@ from host_offload.host_compute import compiler_options
 from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.experts import LayerExperts
-from moe_jax.model.layer import Tally, run_layer
+from moe_jax.model.layer import run_layer
 from moe_jax.model.ops import linear, rms_norm
 from moe_jax.model.step import StepInputs, StepState, prepare_step
+from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.planner import Planner, plan_layer
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,12 @@ class LayerProgram:
     """Runs the layers of one kind. Donates the KV pages, the activations and the tally."""
 
     def __init__(
-        self, graph: nnx.GraphDef, config: ModelConfig, window: int | None, traces: Counter
+        self,
+        graph: nnx.GraphDef,
+        config: ModelConfig,
+        window: int | None,
+        planner: Planner,
+        traces: Counter,
     ):
         def layer(parameters, experts, kv, x, step, curves, tally, max_query_length):
             traces["layer", x.shape[0], max_query_length, experts and experts.slots, window] += 1
@@ -52,6 +59,7 @@ class LayerProgram:
                 config=config,
                 window=window,
                 max_query_length=max_query_length,
+                planner=planner,
             )
 
         self._run = jax.jit(
@@ -87,9 +95,12 @@ class LayerProgram:
 class Programs:
     """Everything a step calls."""
 
-    def __init__(self, config: ModelConfig, pages: int, page_size: int):
+    def __init__(
+        self, config: ModelConfig, pages: int, page_size: int, planner: Planner = plan_layer
+    ):
         self.traces: Counter = Counter()
         self._config = config
+        self._planner = planner
         self._layer_programs: dict = {}
         self._embed = jax.jit(functools.partial(self._embed_step, pages, page_size))
         self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
@@ -98,13 +109,15 @@ class Programs:
         """The program for layers of this structure and attention window."""
         key = graph, window
         if key not in self._layer_programs:
-            self._layer_programs[key] = LayerProgram(graph, self._config, window, self.traces)
+            self._layer_programs[key] = LayerProgram(
+                graph, self._config, window, self._planner, self.traces
+            )
         return self._layer_programs[key]
 
     def embed(
         self, embedding: Float[Array, "vocab embed"], step: StepInputs
-    ) -> tuple[Float[Array, "tokens embed"], StepState]:
-        """Looks the tokens up and derives what the layers share."""
+    ) -> tuple[Float[Array, "tokens embed"], StepState, Tally]:
+        """Looks the tokens up, derives what the layers share, and starts the step's tally."""
         return self._embed(embedding, step)
 
     def head(
@@ -119,7 +132,9 @@ class Programs:
 
     def _embed_step(self, pages, page_size, embedding, step):
         self.traces["embed", step.tokens.shape[0]] += 1
-        return embedding[step.tokens], prepare_step(step, self._config, pages, page_size)
+        state = prepare_step(step, self._config, pages, page_size)
+        tally = Tally.empty(self._config.layers, self._config.moe.num_experts)
+        return embedding[step.tokens], state, tally
 
     def _head_rows(self, final_norm, unembedding, x, rows):
         self.traces["head", x.shape[0], rows.shape[0]] += 1

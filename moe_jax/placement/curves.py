@@ -3,7 +3,7 @@
 Knows numbers only: who measured them, and on what, is recorded elsewhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import no_type_check
 
 import jax
@@ -26,6 +26,8 @@ class CostCurves:
       host_launch: starting the host computation, once per layer if any expert runs there.
       link_latency: starting the first transfer of a layer.
       memory: reading one expert from host memory at the full rate, whoever reads it.
+      host_beside: 1 if host and device work at the same time, 0 if one after the other.
+      link_beside: the same for the link and the device.
     """
 
     tokens: Float[Array, " knots"]
@@ -35,6 +37,8 @@ class CostCurves:
     host_launch: Float[Array, ""]
     link_latency: Float[Array, ""]
     memory: Float[Array, ""]
+    host_beside: Float[Array, ""] = field(default_factory=lambda: jnp.float32(1))
+    link_beside: Float[Array, ""] = field(default_factory=lambda: jnp.float32(1))
 
     def host_seconds(self, n: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Seconds for one expert on n tokens on the host."""

@@ -10,6 +10,8 @@ that run on the host (the missing experts are split between the two):
             link_latency + j * stream for the j-th; largest first is optimal (Johnson's rule)
     memory  memory * (experts in S and H)
 
+Where the host or the link cannot work beside the device, their seconds are added to the device's.
+
 If all missing experts share one curve each, the host curve does not decrease and the device curve
 is flat over their counts, some prefix of them in order of falling counts is an optimal S: swapping
 a streamed expert for a host one with more tokens changes no other term and shortens the host's.
@@ -19,6 +21,7 @@ the plan can be at most.
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -55,6 +58,10 @@ class LayerPlan:
     streams: Int[Array, ""]
     predicted: Float[Array, ""]
     lower_bound: Float[Array, ""]
+
+
+# (counts, resident, curves) -> plan, jittable; `plan_layer` is one.
+Planner = Callable[[Int[Array, " experts"], Bool[Array, " experts"], CostCurves], LayerPlan]
 
 
 def plan_layer(
@@ -94,9 +101,8 @@ def plan_layer(
     # The device works without a pause from the arrival of some j-th expert to the end.
     arrival = curves.link_latency + m[1:].astype(jnp.float32) * curves.stream
     after_link = done[1:] + jax.lax.cummax(arrival - done[:-1])
-    after_link = jnp.append(0.0, after_link)
     memory = count.astype(jnp.float32) * curves.memory
-    total = jnp.maximum(jnp.maximum(on_host, busy + done), jnp.maximum(after_link, memory))
+    total = _together(on_host, busy + done, after_link, arrival, memory, curves)
 
     allowed = m <= count if max_streams is None else m <= jnp.minimum(count, max_streams)
     total = jnp.where(allowed, total, jnp.inf)
@@ -106,8 +112,7 @@ def plan_layer(
     # must bring m and one must run after it, and the device has at least the m shortest to do.
     shortest = jnp.sort(jnp.where(negated < 0, device, jnp.inf))
     least_device = busy + jnp.append(0.0, jax.lax.cumsum(shortest))
-    least_link = jnp.append(0.0, arrival + shortest[0])
-    bound = jnp.maximum(jnp.maximum(on_host, least_device), jnp.maximum(least_link, memory))
+    bound = _together(on_host, least_device, arrival + shortest[0], arrival, memory, curves)
     bound = jnp.where(allowed, bound, jnp.inf).min()
 
     # An expert is streamed if it does not come after the last one that is.
@@ -122,3 +127,19 @@ def plan_layer(
         predicted=total[best],
         lower_bound=jnp.minimum(bound, total[best]),  # equal but for rounding, where it is tight
     )
+
+
+def _together(
+    on_host: Float[Array, " candidates"],
+    on_device: Float[Array, " candidates"],
+    after_link: Float[Array, " streams"],
+    arrival: Float[Array, " streams"],
+    memory: Float[Array, ""],
+    curves: CostCurves,
+) -> Float[Array, " candidates"]:
+    """Seconds until all are done; the link's arrays lack the candidate that streams nothing."""
+    beside = jnp.maximum(on_device, jnp.append(0.0, after_link))
+    behind = on_device + jnp.append(0.0, arrival)
+    device = jnp.where(curves.link_beside > 0, beside, behind)
+    total = jnp.where(curves.host_beside > 0, jnp.maximum(on_host, device), on_host + device)
+    return jnp.maximum(total, memory)

@@ -11,8 +11,9 @@ pytest.importorskip("jax_plugins.xla_cuda13")
 from moe_jax.cache.paged_kv import LayerKv, storage_heads
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
-from moe_jax.model.layer import Tally, run_layer
+from moe_jax.model.layer import run_layer
 from moe_jax.model.step import StepState
+from moe_jax.model.tally import Tally
 from moe_jax.model.weights import LayerWeights
 from moe_jax.placement.curves import CostCurves
 from tests.offline.compiler import array, compile_for, host_calls, kernels
@@ -84,7 +85,13 @@ def compile_layer(target, tokens, slots, **flags):
     x, kv, tally = (
         array((tokens, 512), bf16),
         LayerKv(pages, pages),
-        Tally(array((4,), i32), scalar),
+        Tally(
+            layer=array((), i32),
+            experts_by_mode=array((4,), i32),
+            predicted=scalar,
+            counts=array((1, EXPERTS), i32),
+            gates=array((1, EXPERTS), f32),
+        ),
     )
     return compile_for(target, layer, parameters, experts, kv, x, step, curves, tally, **flags)
 

@@ -22,6 +22,8 @@ def make_curves(
     host_launch=0.0,
     link_latency=0.0,
     memory=0.0,
+    host_beside=1.0,
+    link_beside=1.0,
 ):
     """Curves with a knot at every count: whole numbers, so that float32 is exact."""
     return CostCurves(
@@ -32,6 +34,8 @@ def make_curves(
         host_launch=jnp.float32(host_launch),
         link_latency=jnp.float32(link_latency),
         memory=jnp.float32(memory),
+        host_beside=jnp.float32(host_beside),
+        link_beside=jnp.float32(link_beside),
     )
 
 
@@ -49,7 +53,9 @@ def makespan(counts, resident, curves, streamed) -> float:
         arrival += float(curves.stream)
         device_end = max(device_end, arrival) + read(curves.device, counts[e])
         work += read(curves.device, counts[e])
-    return max(host_end, device_end, work, len(missing) * float(curves.memory))
+    device = max(device_end, work) if curves.link_beside else work + arrival * bool(streamed)
+    end = max(host_end, device) if curves.host_beside else host_end + device
+    return max(end, len(missing) * float(curves.memory))
 
 
 def brute_force(counts, resident, curves, max_streams=None) -> float:
@@ -87,7 +93,9 @@ def instances(draw, flat_device=True, experts=8):
     steps = st.lists(st.integers(0, 3), min_size=MOST_TOKENS, max_size=MOST_TOKENS)
     host = np.cumsum(draw(steps))
     device = MOST_TOKENS * [draw(costs)] if flat_device else np.cumsum(draw(steps))
-    curves = make_curves(host, device, draw(costs), draw(costs), draw(costs), draw(costs))
+    beside = st.sampled_from([1.0, 1.0, 0.0])
+    singles = [draw(costs) for _ in range(4)]
+    curves = make_curves(host, device, *singles, draw(beside), draw(beside))
     return counts, [bool(r) for r in resident], curves
 
 
