@@ -1,7 +1,4 @@
-"""Keeps Ctrl-C out of the few moments in which arrays have one owner less than they need.
-
-Knows signals, not what is done meanwhile.
-"""
+"""Holds Ctrl-C back while something runs that must not be cut in the middle; knows not what."""
 
 import signal
 import threading
@@ -10,19 +7,21 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Delivers a SIGINT that arrives inside the block right after it.
+def hold_interrupts() -> Iterator[None]:
+    """Delays an interrupt (SIGINT) that arrives inside the block until the block has ended.
 
-    Only the main thread is ever interrupted; in other threads this does nothing.
+    Only the main thread is ever interrupted, so in other threads this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    usual = signal.getsignal(signal.SIGINT)
+    # None: not installed from Python, so it could not be put back.
+    if threading.current_thread() is not threading.main_thread() or usual is None:
         yield
         return
-    arrived = []
-    before = signal.signal(signal.SIGINT, lambda *_: arrived.append(True))
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if arrived:
+        signal.signal(signal.SIGINT, usual)
+        if held:
             signal.raise_signal(signal.SIGINT)

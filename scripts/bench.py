@@ -1,4 +1,4 @@
-"""Measures prefill and decode of a random Mixtral-shaped checkpoint against this machine's limits.
+"""Measures prefill and decode of a random checkpoint against this machine's limits.
 
 Prints a table and writes JSON. With the golden extra installed, Transformers runs the same
 checkpoint in a process of its own, alternating with the engine.
@@ -18,96 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_dtypes import bfloat16
-from safetensors.numpy import save_file
+from random_checkpoint import SHAPES, bytes_per_token, config_of, write_checkpoint
 
 import moe_jax
 from host_offload.calibrate import measure_read_rate
 from host_offload.memory import format_bytes
-
-CONFIG = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 1024,
-    "intermediate_size": 3584,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
-def write_checkpoint(folder: Path) -> None:
-    """Makes the random checkpoint, one shard per layer, unless it is there already."""
-    if (folder / "model.safetensors.index.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    embed, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    head_dim = embed // CONFIG["num_attention_heads"]
-    kv = CONFIG["num_key_value_heads"] * head_dim
-
-    def draw(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5).astype(bfloat16)
-
-    ones = np.ones(embed, bfloat16)
-    shards: dict[str, dict[str, np.ndarray]] = {
-        "model-embeddings.safetensors": {
-            "model.embed_tokens.weight": draw(CONFIG["vocab_size"], embed),
-            "lm_head.weight": draw(CONFIG["vocab_size"], embed),
-            "model.norm.weight": ones,
-        }
-    }
-    for layer in range(CONFIG["num_hidden_layers"]):
-        name = f"model.layers.{layer}."
-        tensors = {
-            name + "input_layernorm.weight": ones,
-            name + "post_attention_layernorm.weight": ones,
-            name + "self_attn.q_proj.weight": draw(embed, embed),
-            name + "self_attn.k_proj.weight": draw(kv, embed),
-            name + "self_attn.v_proj.weight": draw(kv, embed),
-            name + "self_attn.o_proj.weight": draw(embed, embed),
-            name + "block_sparse_moe.gate.weight": draw(CONFIG["num_local_experts"], embed),
-        }
-        for expert in range(CONFIG["num_local_experts"]):
-            part = f"{name}block_sparse_moe.experts.{expert}."
-            tensors |= {
-                part + "w1.weight": draw(ffn, embed),
-                part + "w3.weight": draw(ffn, embed),
-                part + "w2.weight": draw(embed, ffn),
-            }
-        shards[f"model-layer-{layer}.safetensors"] = tensors
-    index: dict[str, str] = {}
-    size = 0
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": size}, "weight_map": index})
-    )
-
-
-def bytes_per_token() -> int:
-    """bfloat16 weight bytes that one decoded token must read."""
-    embed, ffn, layers = (
-        CONFIG[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
-    )
-    kv = embed // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
-    attention = embed * (2 * embed + 2 * kv)
-    experts = CONFIG["num_experts_per_tok"] * 3 * embed * ffn
-    router = CONFIG["num_local_experts"] * embed
-    return 2 * (layers * (attention + experts + router) + CONFIG["vocab_size"] * embed)
 
 
 class Ours:
@@ -199,9 +114,11 @@ def alternate(repeats: int, *runs: Callable[[], float]) -> list[float]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.checkpoint)
-    write_checkpoint(folder)
+    config = config_of(arguments.shape)
+    write_checkpoint(folder, config)
+    needed = bytes_per_token(config)
     rng = np.random.default_rng(1)
-    long = rng.integers(0, CONFIG["vocab_size"], arguments.prefill).tolist()
+    long = rng.integers(0, config["vocab_size"], arguments.prefill).tolist()
     short = long[:16]
     read_rates: list[float] = []
     systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
@@ -221,9 +138,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         version = systems["transformers"].version
         systems["transformers"].close()
     read_rate = statistics.median(read_rates)
+    stats = systems["moe_jax"].engine.stats
     rows = {}
     for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
-        achieved = bytes_per_token() / decode
+        achieved = needed / decode
         rows[name] = {
             "prefill_tokens_per_second": arguments.prefill / prefill,
             "decode_tokens_per_second": 1 / decode,
@@ -236,10 +154,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "jax": jax.__version__}
         | ({"transformers": version} if version else {}),
         "command": " ".join(["python", *sys.argv]),
-        "bytes_per_token": bytes_per_token(),
+        "shape": arguments.shape,
+        "bytes_per_token": needed,
         "read_bytes_per_second": read_rate,
         "rows": rows,
-        "stats": str(systems["moe_jax"].engine.stats),
+        "prediction_error": {"prefill": stats.prefill_error, "decode": stats.decode_error},
+        "stats": str(stats),
     }
 
 
@@ -254,7 +174,8 @@ def describe_machine() -> str:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['machine']}, jax {result['versions']['jax']}, {result['date']}",
+        f"{result['shape']} on {result['machine']}, "
+        f"jax {result['versions']['jax']}, {result['date']}",
         f"read limit {result['read_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"{format_bytes(result['bytes_per_token'])} read per token",
         "",
@@ -278,13 +199,21 @@ def table(result: dict[str, Any]) -> str:
             )
         ]
         lines += ["", ", ".join(ratios)]
+    errors = [
+        f"{phase} {error:.1%}"
+        for phase, error in result["prediction_error"].items()
+        if error is not None
+    ]
+    if errors:
+        lines += ["", f"share of their time by which steps were mispredicted: {', '.join(errors)}"]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint", default="bench_checkpoint", help="folder of the random checkpoint")
+    add("--shape", choices=SHAPES, default="mixtral_0.8b", help="of the random checkpoint")
+    add("--checkpoint", default="bench_checkpoint", help="folder of it; made if it is not there")
     add("--out", help="file for the JSON result")
     add("--prefill", type=int, default=512, help="prompt tokens (512)")
     add("--decode", type=int, default=32, help="tokens per decode run (32)")

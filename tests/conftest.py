@@ -1,6 +1,8 @@
 """Strict ground for every test: no silent promotion of dtypes or ranks, reproducible examples."""
 
 import os
+import signal
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,6 +30,17 @@ def few_programs():
     yield
     if len(jax.devices()[0].client.live_executables()) > 1000:
         jax.clear_caches()
+
+
+def pytest_configure(config):
+    """Ctrl-C is heard, and calibrations stay out of the user's cache; both in scripts as well.
+
+    A shell starts what runs in the background with Ctrl-C ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cache = tempfile.TemporaryDirectory(prefix="moe_jax_tests_")
+    os.environ["MOE_JAX_CACHE"] = cache.name
+    config.add_cleanup(cache.cleanup)
 
 
 def pytest_addoption(parser):

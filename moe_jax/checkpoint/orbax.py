@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
+from host_offload.interrupts import hold_interrupts
 from moe_jax.checkpoint.accounting import listing
-from moe_jax.checkpoint.interrupts import hold_interrupts
 from moe_jax.checkpoint.json_file import read_json_object
 from moe_jax.checkpoint.marker import (
     MARKER,

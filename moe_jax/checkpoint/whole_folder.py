@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_jax.checkpoint.interrupts import hold_interrupts
+from host_offload.interrupts import hold_interrupts
 
 
 def check_free(folder: Path) -> None:

@@ -1,58 +1,86 @@
-"""Quick cost curves of one expert on this machine, measured when a model is loaded."""
+"""Cost curves of one expert on this machine: measured once, kept between runs, checked at load."""
 
-import functools
+import logging
+from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from host_offload.calibrate import measure_link, random_arrays, seconds_of
-from host_offload.host_compute import as_host, compiler_options, on_host
-from moe_jax.config import Activation, ModelConfig
-from moe_jax.model.experts import Expert
-from moe_jax.model.ops import gated_ffn
+from host_offload import calibration_cache
+from host_offload.calibration import Calibration
+from moe_jax.config import ModelConfig
+from moe_jax.engine.expert_timing import ExpertTiming
 from moe_jax.placement.curves import CostCurves
 
 MissingExperts = Literal["auto", "stream", "host"]
 
-_KNOTS = (1, 16, 256)
+_log = logging.getLogger(__name__)
+_checked: dict[Path, Calibration] = {}
 
 
-def measure_costs(config: ModelConfig, dtype: np.dtype) -> CostCurves:
-    """Times one expert of this model's shape on the host, over the link and on the device."""
-    return _measure(config.expert_shapes, dtype, config.activation)
-
-
-@functools.cache  # a second model of the same shape need not wait
-def _measure(
-    shapes: tuple[tuple[int, int], tuple[int, int]], dtype: np.dtype, activation: Activation
+def measure_costs(
+    config: ModelConfig, dtype: np.dtype, *, recalibrate: bool = False, progress: bool = False
 ) -> CostCurves:
-    ffn = functools.partial(gated_ffn, activation=activation)
-    host_expert = Expert(*random_arrays(shapes, dtype, "pinned_host"))
-    device_expert = Expert(*random_arrays(shapes, dtype, "device"))
-    jit = functools.partial(jax.jit, compiler_options=compiler_options())
-    on_device = jit(lambda expert, x: ffn(expert.gate_up, expert.down, x))
+    """What one expert of this model costs here on the host, over the link and on the device.
 
-    def host_body(expert, x):
-        return ffn(expert.gate_up, expert.down, as_host(x))
-
-    hosted = jit(lambda expert, x: on_host(host_body, expert, x))
-    host, device = [], []
-    for tokens in _KNOTS:
-        (x,) = random_arrays([(shapes[1][0], tokens)], dtype, "device")
-        host.append(seconds_of(lambda x=x: hosted(host_expert, x)))
-        device.append(seconds_of(lambda x=x: on_device(device_expert, x)))
-    link = measure_link(host_expert)
+    See `calibrate`. On a GPU the host and the link work beside the device. On a TPU only the link
+    does: no host call was ever scheduled beside device work there. On the CPU backend all is done
+    by the same cores, one thing after another, and a transfer is a copy in memory.
+    """
+    found = calibrate(config, dtype, recalibrate=recalibrate, progress=progress)
+    backend = jax.default_backend()
     return CostCurves(
-        tokens=jnp.asarray(_KNOTS, jnp.float32),
-        host=_increasing(host),
-        device=_increasing(device),
-        stream=jnp.float32(link),
-        host_launch=jnp.float32(0),
-        link_latency=jnp.float32(0),
-        memory=jnp.float32(0),
+        tokens=jnp.asarray(found.sizes, jnp.float32),
+        host=jnp.asarray(found.host.seconds, jnp.float32),
+        device=jnp.asarray(found.device.seconds, jnp.float32),
+        stream=jnp.float32(found.transfer),
+        host_launch=jnp.float32(found.host_launch),
+        link_latency=jnp.float32(found.link_latency),
+        memory=jnp.float32(found.work_bytes / found.read_rate),
+        host_beside=jnp.float32(backend == "gpu"),
+        link_beside=jnp.float32(backend != "cpu"),
     )
+
+
+def calibrate(
+    config: ModelConfig, dtype: np.dtype, *, recalibrate: bool = False, progress: bool = False
+) -> Calibration:
+    """Returns the calibration kept for this machine and experts of this shape, or measures it.
+
+    A kept one is checked once per process by timing one token on the host and one transfer; where
+    either is off by more than 25 %, all is measured again. Measuring takes up to 10 s; sizes for
+    which no time is left are inferred from others. What was wrong with a kept calibration, what
+    was inferred, and that a result could not be kept, are logged as warnings.
+
+    Args:
+      dtype: of weights and activations.
+      recalibrate: whether to measure again in any case.
+      progress: whether to show a bar while measuring.
+    """
+    timing = ExpertTiming(config, dtype)
+    key = calibration_cache.machine_key() | timing.key
+    path = Path(calibration_cache.file_name(key))
+    try:
+        path = calibration_cache.cache_folder() / path
+        kept_in = path.parent
+    except OSError as error:
+        _log.warning("calibrations cannot be kept: %s", error)
+        kept_in = None
+    if not recalibrate and path in _checked:
+        return _checked[path]
+    found = None if recalibrate or kept_in is None else _kept(path, key, timing)
+    if found is None:
+        found = timing.measure(progress)
+        _warn_of_inferred(found)
+        if kept_in is not None:
+            try:
+                calibration_cache.write(path, key, found)
+            except OSError as error:
+                _log.warning("the calibration cannot be kept in %s: %s", kept_in, error)
+    _checked[path] = found
+    return found
 
 
 def force(curves: CostCurves, missing_experts: MissingExperts) -> CostCurves:
@@ -67,6 +95,28 @@ def force(curves: CostCurves, missing_experts: MissingExperts) -> CostCurves:
             return CostCurves(**(vars(curves) | {"stream": never(curves.stream)}))
 
 
-def _increasing(seconds: list[float]) -> jax.Array:
-    """Noise can make more tokens look cheaper; the planner needs curves that do not fall."""
-    return jnp.asarray(np.maximum.accumulate(seconds), jnp.float32)
+def _kept(path: Path, key: calibration_cache.Key, timing: ExpertTiming) -> Calibration | None:
+    """The kept calibration, if there is one that can be read and is still true."""
+    try:
+        kept = calibration_cache.read(path, key)
+    except ValueError as error:
+        _log.warning("the calibration %s cannot be used: %s; measuring again", path, error)
+        return None
+    reason = None if kept is None else timing.differs(kept)
+    if reason is not None:
+        _log.warning("%s; measuring again", reason)
+        return None
+    return kept
+
+
+def _warn_of_inferred(found: Calibration) -> None:
+    for name, curve in (("host", found.host), ("device", found.device)):
+        missing = [n for n, done in zip(found.sizes, curve.measured, strict=True) if not done]
+        if missing:
+            _log.warning(
+                "calibration stopped after %.1f s, to end in time: what an expert takes on the "
+                "%s with %s tokens is inferred from other counts",
+                found.spent,
+                name,
+                ", ".join(map(str, missing)),
+            )

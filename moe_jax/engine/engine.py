@@ -15,11 +15,14 @@ from moe_jax.decoding.sampling_params import sampling_params
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.generation import Request, StepTime, generate_batch
 from moe_jax.engine.monitor import Monitor
+from moe_jax.engine.mover import ExpertMover
 from moe_jax.engine.outputs import Completion, Piece
 from moe_jax.engine.plan import Plan
 from moe_jax.engine.prompts import encode_prompt, is_many
+from moe_jax.engine.recording import record_routing
 from moe_jax.engine.runner import NewTokens, Runner
 from moe_jax.engine.stats import Stats
+from moe_jax.placement.trace import RoutingTrace
 
 
 class Engine:
@@ -34,6 +37,7 @@ class Engine:
         self,
         runner: Runner,
         plan: Plan,
+        mover: ExpertMover,
         *,
         source: Path,
         tokenizer: Tokenizer | None,
@@ -54,6 +58,7 @@ class Engine:
         self._max_seqs = max_seqs
         self._progress = progress
         self._monitor = Monitor(plan.memory, runner.model.curves)
+        self._mover = mover
         self._run_number = 0
 
     def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
@@ -100,11 +105,27 @@ class Engine:
         logits = np.stack(parts)
         return logits if ids.ndim == 2 else logits[0]
 
+    def routing(self, prompt: Any, *, prompt_tokens: int = 0) -> RoutingTrace:
+        """Which experts the tokens of a text are routed to, for `moe_jax.placement.simulate`.
+
+        The first `prompt_tokens` tokens are read as a prompt, the others one by one as in decoding.
+
+        Raises ValueError for a bad prompt, or if it has fewer than `prompt_tokens` tokens.
+        """
+        tokens = self._encode(prompt)
+        if not 0 <= prompt_tokens <= len(tokens):
+            raise ValueError(
+                f"prompt_tokens must lie between 0 and the {len(tokens)} tokens of the text, "
+                f"got {prompt_tokens}"
+            )
+        self._take_over()
+        return record_routing(self._runner, tokens, prompt_tokens)
+
     @property
     def stats(self) -> Stats:
         """Totals since loading: tokens, seconds, experts by placement, bytes."""
         self._monitor.after_other(self._runner.take_reports())
-        return self._monitor.stats(self._runner.programs.traces)
+        return self._monitor.stats(self._runner.programs.traces, self._mover.swaps)
 
     def save(self, folder: str | Path) -> None:
         """Writes an Orbax checkpoint with config and tokenizer that `moe_jax.load` reads.
@@ -163,7 +184,9 @@ class Engine:
             done += len(batch)
 
     def _after_step(self, step: StepTime) -> None:
-        self._monitor.after_step(step, self._runner.take_reports())
+        reports = self._runner.take_reports()
+        self._monitor.after_step(step, reports)
+        self._mover.after_step(reports, step.prompt_tokens)
 
     def _next_batch(self, requests: Sequence[Request]) -> Sequence[Request]:
         """As many of the first requests as there are seats and KV for."""

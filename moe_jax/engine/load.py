@@ -21,11 +21,14 @@ from moe_jax.checkpoint.tokenizer import read_tokenizer, stop_tokens
 from moe_jax.engine.arrays import ArrayReceiver
 from moe_jax.engine.costs import MissingExperts, force, measure_costs
 from moe_jax.engine.engine import Engine
+from moe_jax.engine.mover import ExpertMover
 from moe_jax.engine.plan import make_plan
 from moe_jax.engine.runner import Runner
 from moe_jax.engine.sizing import plan_for, read_dtype
 from moe_jax.model.programs import Programs
 from moe_jax.placement.memory_plan import MemoryPlan
+from moe_jax.placement.planner import Planner, plan_layer
+from moe_jax.placement.policies import Policy, policy_named
 
 _PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
@@ -40,6 +43,9 @@ def load(
     max_tokens: int = 4096,
     max_seqs: int = 8,
     missing_experts: MissingExperts = "auto",
+    planner: Planner | None = None,
+    residency: str | Policy | None = None,
+    max_swaps: int | None = None,
     progress: bool | None = None,
 ) -> Engine:
     """Loads a model and decides what lives where.
@@ -55,6 +61,14 @@ def load(
       missing_experts: how experts that are not on the device run: "auto" lets the planner choose
         per expert and step, "stream" always copies their weights over, "host" always computes
         them on the CPU.
+      planner: what decides for the experts of one layer call, in place of
+        `moe_jax.placement.planner.plan_layer`: a function of its arguments and result that jax can
+        trace. It decides about time only: results do not depend on it.
+      residency: the policy by which experts change places between steps, by name or as a
+        `moe_jax.placement.policies.Policy`: "static" (they stay), "lru", "lfu", "lfru", "score" or
+        "least_stale". A swap must pay for its transfer. None: "lfru", on the CPU backend "static",
+        since there both sides are the same memory.
+      max_swaps: how many experts may come to the device after one step; None: one for each layer.
       progress: whether to show bars; None: if standard error is a terminal.
 
     Raises ValueError for anything that cannot be loaded or does not fit, before weights are read.
@@ -62,9 +76,15 @@ def load(
     weights_dtype = read_dtype(dtype)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    for name, value in (("max_tokens", max_tokens), ("max_seqs", max_seqs)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    sizes = {"max_tokens": (max_tokens, 1), "max_seqs": (max_seqs, 1)}
+    if max_swaps is not None:
+        sizes["max_swaps"] = max_swaps, 0
+    for name, (value, least) in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if residency is None:
+        residency = "static" if jax.default_backend() == "cpu" else "lfru"
+    policy = policy_named(residency)
     if missing_experts not in get_args(MissingExperts):
         raise ValueError(
             f"missing_experts must be 'auto', 'stream' or 'host', got {missing_experts!r}"
@@ -88,14 +108,15 @@ def load(
         max_seqs=max_seqs,
     )
     _check_pinned_limit(memory)
-    curves = force(measure_costs(config, weights_dtype), missing_experts)
+    curves = force(measure_costs(config, weights_dtype, progress=progress), missing_experts)
     receiver = ArrayReceiver(config, memory, weights_dtype)
     checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)
-    programs = Programs(config, memory.kv_pages, PAGE_SIZE)
+    programs = Programs(config, memory.kv_pages, PAGE_SIZE, planner or plan_layer)
     runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages)
     return Engine(
         runner,
-        make_plan(config, memory, curves, jax.default_backend()),
+        make_plan(config, memory, curves, jax.default_backend(), planner or plan_layer),
+        ExpertMover(runner, policy, sum(config.moe_layers) if max_swaps is None else max_swaps),
         source=folder,
         tokenizer=tokenizer,
         template=template,

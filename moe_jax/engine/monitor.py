@@ -64,13 +64,14 @@ class Monitor:
                 predicted_seconds=s.predicted_seconds + float(report.tally.predicted),
             )
 
-    def stats(self, traces: Counter) -> Stats:
+    def stats(self, traces: Counter, swaps: int) -> Stats:
         """The totals so far."""
         return replace(
             self._totals,
             prefill_error=self._prefill.error,
             decode_error=self._decode.error,
             traces=dict(traces),
+            swapped=swaps,
         )
 
     def _foresee(self, report: StepReport) -> float:

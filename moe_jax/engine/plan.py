@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.memory_plan import MemoryPlan
-from moe_jax.placement.planner import Mode, plan_layer
+from moe_jax.placement.planner import Mode, Planner, plan_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,13 @@ class Plan:
         )
 
 
-def make_plan(config: ModelConfig, memory: MemoryPlan, curves: CostCurves, backend: str) -> Plan:
+def make_plan(
+    config: ModelConfig,
+    memory: MemoryPlan,
+    curves: CostCurves,
+    backend: str,
+    planner: Planner = plan_layer,
+) -> Plan:
     """Predicts the decode rate of one sequence whose tokens choose experts evenly."""
     expert = float(curves.device_seconds(jnp.int32(1)))
     # Dense weights are read at the rate at which a resident expert's are.
@@ -50,7 +56,7 @@ def make_plan(config: ModelConfig, memory: MemoryPlan, curves: CostCurves, backe
         counts = np.zeros(experts, np.int32)
         counts[:hits] = 1
         counts[slots : slots + chosen - hits] = 1
-        layer = plan_layer(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
+        layer = planner(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
         mode = np.asarray(layer.mode)
         total += float(layer.predicted)
         host = float(curves.host_seconds(jnp.int32(1)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from host_offload.interrupts import interrupts_held
+from host_offload.interrupts import hold_interrupts
 from moe_jax.cache.paged_kv import PAGE_SIZE, allocate_kv
 from moe_jax.config import ModelConfig
 from moe_jax.engine.swap import swap_experts
@@ -100,7 +100,7 @@ class Runner:
         served = self.model.layers[layer]
         if served.experts is None:
             raise ValueError(f"layer {layer} is dense: it has no experts to swap")
-        with interrupts_held():
+        with hold_interrupts():
             swapped = replace(served, experts=swap_experts(served.experts, incoming, outgoing))
             layers = (*self.model.layers[:layer], swapped, *self.model.layers[layer + 1 :])
             self.model = replace(self.model, layers=layers)

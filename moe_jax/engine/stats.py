@@ -15,6 +15,7 @@ class Stats:
       prefill_seconds, decode_seconds: wall-clock, compilation included.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens.
+      swapped: experts that changed places with a resident one, between steps.
       expert_bytes: bytes of one expert.
       predicted_seconds: what the planner expected the expert parts to take.
       prefill_error, decode_error: the share of their time by which steps were mispredicted, with
@@ -30,6 +31,7 @@ class Stats:
     resident: int = 0
     streamed: int = 0
     hosted: int = 0
+    swapped: int = 0
     expert_bytes: int = 0
     predicted_seconds: float = 0.0
     prefill_error: float | None = None
@@ -54,8 +56,8 @@ class Stats:
 
     @property
     def bytes_streamed(self) -> int:
-        """Expert weights copied from the host to the device."""
-        return self.streamed * self.expert_bytes
+        """Expert weights copied from the host to the device, for one call or to stay."""
+        return (self.streamed + self.swapped) * self.expert_bytes
 
     @property
     def bytes_hosted(self) -> int:
@@ -76,7 +78,8 @@ class Stats:
             f"prefill {self.prompt_tokens} tokens at {self.prefill_rate:.1f}/s, "
             f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f}/s | experts: "
             f"{self.resident} resident ({self.hit_rate:.0%}), {self.streamed} streamed, "
-            f"{self.hosted} on host | moved {format_bytes(self.bytes_streamed)} to the device, "
+            f"{self.hosted} on host, {self.swapped} swapped in | "
+            f"moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
             + _error_text("prefill", self.prefill_error)
             + _error_text("decode", self.decode_error)

@@ -3,34 +3,35 @@ import threading
 
 import pytest
 
-from host_offload.interrupts import interrupts_held
+from host_offload.interrupts import hold_interrupts
 
 
-def test_an_interrupt_arrives_after_the_block():
+def test_an_interrupt_comes_after_the_block():
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
+    with pytest.raises(KeyboardInterrupt), hold_interrupts():
         signal.raise_signal(signal.SIGINT)
-        done.append("the rest of the block")
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
     assert done
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_an_error_passes_through_and_the_handler_comes_back():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError), interrupts_held():
-        raise ZeroDivisionError
-    assert signal.getsignal(signal.SIGINT) is before
+def test_an_error_passes_and_the_handler_is_put_back():
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="inside"), hold_interrupts():
+        raise ValueError("inside")
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
-def test_other_threads_are_left_alone():
-    done = []
+def test_does_nothing_in_another_thread():
+    seen = []
 
-    def work():
-        with interrupts_held():
-            done.append(threading.current_thread().name)
+    def body():
+        with hold_interrupts():
+            seen.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=work, name="worker")
+    thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert done == ["worker"]
+    assert seen == [signal.default_int_handler]

@@ -38,7 +38,12 @@ def curves(tiny):
     found = {mode: load(tiny, 0.0, missing_experts=mode)._runner.model.curves for mode in MODES[:3]}
     even = jnp.full_like(found["auto"].host, 1.0)
     found["mixed"] = dataclasses.replace(
-        found["auto"], host=even, stream=jnp.float32(1), device=even * 1e-3
+        found["auto"],
+        host=even,
+        stream=jnp.float32(1),
+        device=even * 1e-3,
+        host_beside=jnp.float32(1),
+        link_beside=jnp.float32(1),
     )
     return found
 

@@ -1,0 +1,271 @@
+"""Times one expert of a model's shape on the host, over the link and on the device.
+
+Knows the programs that experts run in, not where the numbers go. An expert with up to 64 tokens is
+one block of so many columns and one with more is several of 64, as in a step all of whose tokens
+it gets.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from host_offload.calibrate import (
+    TimeBox,
+    cache_bytes,
+    measure_host_launch,
+    measure_in_time,
+    measure_read_rate,
+    measure_transfers,
+    random_arrays,
+    time_beside,
+)
+from host_offload.calibration import SIZES, Calibration, Curve, Timing, curve_of
+from host_offload.host_compute import as_host, compiler_options, on_host
+from host_offload.memory import MemoryKind
+from moe_jax.config import ModelConfig
+from moe_jax.engine.progress import progress_bar
+from moe_jax.model.dispatch import Dispatch, rows_per_block
+from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts
+from moe_jax.model.ops import gated_ffn
+from moe_jax.placement.planner import Mode
+
+# In order of importance: bandwidth, arithmetic, the largest share of a prefill chunk, the knee.
+_ORDER = (1, 64, 512, 8, 2, 16, 4, 32, 256, 128)
+_ESSENTIAL = 4  # 1 and 64 tokens, on the host and on the device
+# What is begun by then ends within 10 s on a fair machine.
+SECONDS = 7.0
+_MOST_COPIED = 1 << 30
+_LARGE_EXPERT = 8 << 20
+_FULL_ROWS = rows_per_block(SIZES[-1], 1, 1)
+_FULL_BLOCKS = SIZES[-1] // _FULL_ROWS
+_FEWEST_CALLS = 4
+# Raise it when what is timed changes: the programs, the blocks, how experts rotate.
+_PROGRAMS = 1
+_TOLERANCE = 0.25
+_TIMER_NOISE = 20e-6
+_PROBES = 3
+
+
+class ExpertTiming:
+    """Experts of one model's shape to be timed, and the programs they are timed in.
+
+    There are several groups of a few experts. A program takes one group; calls rotate over them,
+    so that weights are as cold as in the model: all groups together are four times as large as the
+    processor's caches, or have as many experts as the model.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: np.dtype):
+        self.shapes, self.dtype = config.expert_shapes, np.dtype(dtype)
+        self.activation = config.activation
+        self.bytes = sum(int(np.prod(shape)) for shape in self.shapes) * self.dtype.itemsize
+        enough = 4 * cache_bytes() // self.bytes + 1
+        # A wider group takes longer to compile; of small experts it takes more to outlast a call.
+        # Without a choice of two XLA prepares the weights ahead of the loop, in the baseline too.
+        self.group = 2 if self.bytes >= _LARGE_EXPERT else 4
+        self.distinct = min(self.group, enough)
+        of_model = config.moe.num_experts * max(1, sum(config.moe_layers))
+        wanted = min(enough, of_model, _MOST_COPIED // self.bytes)
+        self.groups = max(1, -(-wanted // self.group))
+        options = compiler_options()
+        self._host_program = jax.jit(self._run_on_host, compiler_options=options)
+        self._device_program = jax.jit(self._run_resident, compiler_options=options)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the times depend on besides the machine; JSON values."""
+        return {
+            "expert_shapes": self.shapes,
+            "dtype": self.dtype.name,
+            "activation": self.activation,
+            "experts_timed": self.distinct * self.groups,
+            "programs": _PROGRAMS,
+        }
+
+    def measure(self, progress: bool = False, box: TimeBox | None = None) -> Calibration:
+        """Times everything, the most important first, until the box is spent."""
+        box = box or TimeBox(SECONDS)
+        with progress_bar(3 + 2 * len(_ORDER), "calibrating", "step", progress) as bar:
+
+            def step(measure: Callable[[], Any]) -> Any:
+                result = measure()
+                bar.update()
+                return result
+
+            host, device = self._on_host(), self._on_device()
+            latency, transfer = step(lambda: self._time_transfers(host, box))
+            launch = step(lambda: measure_host_launch(box))
+            rate = step(lambda: measure_read_rate(1 << 28, "pinned_host", repeats=3))
+            programs = {
+                "host": functools.partial(self._time, self._host_program, host, box),
+                "device": functools.partial(self._time, self._device_program, device, box),
+            }
+            known: dict[tuple[str, int], Timing] = {}
+
+            def time(place: str, size: int) -> Timing | None:
+                block = known.get((place, _FULL_ROWS))
+                if block and _FEWEST_CALLS * size / _FULL_ROWS * block.median > box.left:
+                    return None
+                known[place, size] = programs[place](size)
+                return known[place, size]
+
+            tasks = {
+                (place, size): functools.partial(step, functools.partial(time, place, size))
+                for size in _ORDER
+                for place in programs
+            }
+            done = measure_in_time(tasks, _ESSENTIAL, box)
+
+        def curve(place: str) -> Curve:
+            return curve_of(SIZES, {size: time for (at, size), time in done.items() if at == place})
+
+        return Calibration(
+            sizes=SIZES,
+            host=curve("host"),
+            device=curve("device"),
+            work_bytes=self.bytes,
+            transfer=transfer,
+            link_latency=latency,
+            host_launch=launch,
+            read_rate=rate,
+            spent=box.spent,
+        )
+
+    def differs(self, kept: Calibration) -> str | None:
+        """Says how one token on the host or one transfer differs from a kept calibration.
+
+        None if they agree. On a busy machine it takes three disagreements in a row.
+        """
+        host = self._on_host()
+        box = TimeBox(SECONDS)
+        size = kept.sizes[0]
+        probes: Mapping[str, tuple[float, Callable[[], float]]] = {
+            f"an expert with {size} token on the host": (
+                kept.host.seconds[0],
+                lambda: self._time(self._host_program, host, box, size).median,
+            ),
+            "bringing an expert over the link": (
+                kept.transfer,
+                lambda: self._time_transfers(host, box)[1],
+            ),
+        }
+        for name, (expected, probe) in probes.items():
+            off = _disagreements(probe, expected)
+            if len(off) == _PROBES:
+                return (
+                    f"{name} takes {off[-1] * 1e3:.3g} ms, {off[-1] / expected:.2f} times what "
+                    "the kept calibration says"
+                )
+        return None
+
+    def _on_host(self) -> list[tuple[Expert, ...]]:
+        return [self._separate("pinned_host") for _ in range(self.groups)]
+
+    def _separate(self, kind: MemoryKind) -> tuple[Expert, ...]:
+        """A group; the second of two huge experts is the first again, to save time and memory."""
+        experts = [
+            Expert(*random_arrays(self.shapes, self.dtype, kind)) for _ in range(self.distinct)
+        ]
+        return tuple(experts[i % self.distinct] for i in range(self.group))
+
+    def _on_device(self) -> list[tuple[Expert, ...]] | list[ExpertBank]:
+        if jax.default_backend() == "cpu":
+            return [self._separate("device") for _ in range(self.groups)]
+        banks = [(self.group, *shape) for shape in self.shapes]
+        return [ExpertBank(*random_arrays(banks, self.dtype, "device")) for _ in range(self.groups)]
+
+    def _time_transfers(
+        self, groups: list[tuple[Expert, ...]], box: TimeBox
+    ) -> tuple[float, float]:
+        return measure_transfers([group[: self.distinct] for group in groups], box)
+
+    def _time(self, program, groups, box: TimeBox, size: int) -> Timing:
+        """Times one expert with `size` tokens."""
+        rows = rows_per_block(size, 1, 1)
+        each = -(-size // rows)
+        blocks = self.group if rows < _FULL_ROWS else _FULL_BLOCKS
+        experts = min(self.group, blocks // each)
+        embed = self.shapes[1][0]
+        (x,) = random_arrays([(blocks, embed, rows)], self.dtype, "device")
+        idle = self._dispatch(blocks, rows, 0, 0, 0)
+        busy = [self._dispatch(blocks, rows, first, experts, each) for first in range(self.group)]
+        run = lambda i, where: program(groups[i % len(groups)], x, where)
+        timing = time_beside(
+            lambda i: run(i, busy[i // len(groups) % self.group]), lambda i: run(i, idle), box
+        )
+        return timing.scaled(1 / experts)
+
+    def _dispatch(self, blocks: int, rows: int, first: int, experts: int, each: int) -> Dispatch:
+        """`each` full blocks for each of some experts of a group, from the first on, round."""
+        counts = np.zeros(self.group, np.int32)
+        counts[[(first + i) % self.group for i in range(experts)]] = each * rows
+        used = counts // rows
+        owners = np.repeat(np.arange(self.group, dtype=np.int32), used)
+        rest = np.full(blocks - owners.size, self.group, np.int32)
+        return Dispatch(
+            counts=jnp.asarray(counts),
+            first_block=jnp.asarray(np.cumsum(used) - used, jnp.int32),
+            block_expert=jnp.asarray(np.concatenate([owners, rest])),
+            source=jnp.zeros((blocks, rows), jnp.int32),
+            position=jnp.zeros((1, 1), jnp.int32),
+        )
+
+    def _run_resident(
+        self,
+        experts: tuple[Expert, ...] | ExpertBank,
+        blocks: Float[Array, "blocks embed rows"],
+        where: Dispatch,
+    ) -> Float[Array, "blocks embed rows"]:
+        address = jnp.arange(self.group, dtype=jnp.int32)
+        mode = jnp.full(self.group, Mode.RESIDENT.value, jnp.int32)
+        layer = LayerExperts(experts, (), address)
+        return run_experts(layer, blocks, where, mode, self.activation)
+
+    def _run_on_host(
+        self,
+        experts: tuple[Expert, ...],
+        blocks: Float[Array, "blocks embed rows"],
+        where: Dispatch,
+    ) -> Float[Array, "blocks embed rows"]:
+        """The host's part of `run_experts`; all of that takes three times as long to compile."""
+
+        def body(
+            experts: tuple[Expert, ...],
+            blocks: Float[Array, "blocks embed rows"],
+            owners: Int[Array, " blocks"],
+            count: Int[Array, ""],
+        ) -> Float[Array, "blocks embed rows"]:
+            blocks = as_host(blocks)
+            branches = [
+                functools.partial(
+                    gated_ffn, expert.gate_up, expert.down, activation=self.activation
+                )
+                for expert in experts
+            ]
+
+            def run(i: Array, output: Array) -> Array:
+                x = lax.dynamic_index_in_dim(blocks, i, keepdims=False)
+                y = lax.switch(owners[i], branches, x)
+                return lax.dynamic_update_index_in_dim(output, y, i, 0)
+
+            # Not zeros: an array made from nothing would be device-typed.
+            return lax.fori_loop(0, count, run, blocks.astype(jnp.float32) * 0)
+
+        used = (where.block_expert < self.group).sum(dtype=jnp.int32)
+        return on_host(body, experts, blocks, where.block_expert, used)
+
+
+def _disagreements(probe: Callable[[], float], expected: float) -> list[float]:
+    """What the probe said until it agreed, or had been asked often enough."""
+    off: list[float] = []
+    while len(off) < _PROBES:
+        seconds = probe()
+        if abs(seconds - expected) <= max(_TOLERANCE * expected, _TIMER_NOISE):
+            break
+        off.append(seconds)
+    return off

@@ -1,0 +1,64 @@
+"""Exchanges experts between device and host after a step, where a policy finds it worth while.
+
+Knows reports and residency; the exchange itself is the runner's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from host_offload.interrupts import hold_interrupts
+from moe_jax.engine.runner import Runner, StepReport
+from moe_jax.model.experts import LayerExperts
+from moe_jax.placement.policies import Policy
+from moe_jax.placement.residency import (
+    apply_swap,
+    observe,
+    propose_swaps,
+    start_residency,
+    warm_start,
+)
+
+
+class ExpertMover:
+    """Keeps the experts of one runner where a policy wants them.
+
+    Attributes:
+      residency: which expert is in which slot, and how experts were used.
+      swaps: exchanges made so far.
+    """
+
+    def __init__(self, runner: Runner, policy: str | Policy, most_per_step: int):
+        self._runner = runner
+        self._most = most_per_step
+        slots = tuple(
+            np.zeros(0, np.int64) if layer.experts is None else _in_slots(layer.experts)
+            for layer in runner.model.layers
+        )
+        self.residency = start_residency(slots, runner.model.config.moe.num_experts, policy)
+        self.swaps = 0
+
+    def after_step(self, reports: Sequence[StepReport], prompt_tokens: int) -> None:
+        """Learns from one prefill (`prompt_tokens` > 0) or decode step, and swaps what pays."""
+        if not self.residency.policy.moves or not reports:
+            return
+        counts = np.stack([report.tally.counts for report in reports]).sum(axis=0, dtype=np.int64)
+        if prompt_tokens:
+            self.residency = warm_start(self.residency, counts, prompt_tokens)
+        else:
+            gates = np.stack([report.tally.gates for report in reports]).sum(
+                axis=0, dtype=np.float64
+            )
+            self.residency = observe(self.residency, counts, gates)
+        for swap in propose_swaps(self.residency, self._runner.model.curves, self._most, None):
+            # Both or neither: an interrupt between them would leave two views of one slot.
+            with hold_interrupts():
+                self._runner.swap(swap.layer, swap.incoming, swap.outgoing)
+                self.residency = apply_swap(self.residency, swap)
+                self.swaps += 1
+
+
+def _in_slots(experts: LayerExperts) -> Int[np.ndarray, " slots"]:
+    """The expert in each slot of a layer."""
+    return np.argsort(np.asarray(experts.address))[: experts.slots]

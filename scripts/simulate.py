@@ -1,0 +1,190 @@
+"""Replays routing traces on machines that are not there, and prints how good each way would be.
+
+For every machine, model shape and trace: this project's planner under every residency policy, and
+other planners (Fiddler's rule, stream everything, host everything) with static residents. Times are
+those of the experts alone. "bound": no schedule beats it with the same residents. "oracle": that
+bound with Belady's residents. "cache": hits of the policy if every miss entered for free; "hits":
+with swaps that pay back only.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.placement.machines import MACHINES, Machine, curves_for, expert_bytes, machine_named
+from moe_jax.placement.planner import plan_layer
+from moe_jax.placement.policies import POLICIES, policy_named
+from moe_jax.placement.residency import profile_placement
+from moe_jax.placement.rules import fiddler, host_all, stream_all
+from moe_jax.placement.simulate import (
+    Simulation,
+    cache_residents,
+    find_oracle,
+    hit_rate,
+    simulate,
+    uniform_slots,
+)
+from moe_jax.placement.trace import RoutingTrace, load_trace, uniform_trace, zipf_trace
+
+PLANNERS = {"plan": plan_layer, "fiddler": fiddler, "stream": stream_all, "host": host_all}
+ITEMSIZE = 2  # bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What of a model matters here; `dense` counts the parameters outside routed experts."""
+
+    layers: int
+    experts: int
+    experts_per_token: int
+    embed: int
+    ffn: int
+    dense: float
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of {self.experts} experts"
+
+
+MODELS = {
+    "mixtral-8x7b": Shape(
+        layers=32, experts=8, experts_per_token=2, embed=4096, ffn=14336, dense=1.6e9
+    ),
+    "qwen3-30b-a3b": Shape(
+        layers=48, experts=128, experts_per_token=8, embed=2048, ffn=768, dense=1.54e9
+    ),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--machines", nargs="+", default=list(MACHINES), metavar="NAME", help=f"{[*MACHINES]}")
+    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
+    add("--policies", nargs="+", default=list(POLICIES), metavar="NAME", help=f"{[*POLICIES]}")
+    add("--trace", nargs="+", default=[], metavar="FILE", help="recorded traces of the models")
+    add("--every-pair", action="store_true", help="other planners under every policy too")
+    add("--steps", type=int, default=100, help="decoding steps of made-up traces")
+    add("--sequences", type=int, default=1, help="sequences decoded at a time")
+    add("--prompt", type=int, default=512, help="tokens of a prompt that comes first; 0: none")
+    add("--locality", type=float, default=0.5, help="how slowly a sequence changes its experts")
+    add("--device-gb", type=float, default=24.0, help="device memory; a smaller device has less")
+    add("--reserve-gb", type=float, default=2.0, help="of it for KV cache and activations")
+    add("--most-per-step", type=int, help="most swaps after a step (default: one per layer)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    try:
+        for policy in arguments.policies:
+            policy_named(policy)
+        for machine in arguments.machines:
+            machine_named(machine)
+        arguments.recorded = {Path(path).stem: load_trace(path) for path in arguments.trace}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    known = {MODELS[name].experts for name in arguments.models}
+    for name, trace in arguments.recorded.items():
+        if trace.experts not in known:
+            parser.error(
+                f"the trace {name} has {trace.experts} experts per layer, the models have "
+                f"{sorted(known)}; choose another of --models"
+            )
+    return arguments
+
+
+def traces(shape: Shape, arguments: argparse.Namespace) -> dict[str, RoutingTrace]:
+    """The traces for a model's shape, by name: recorded ones need the same number of experts."""
+    sizes = dict(
+        steps=arguments.steps,
+        layers=shape.layers,
+        experts=shape.experts,
+        experts_per_token=shape.experts_per_token,
+        tokens=arguments.sequences,
+        prompt=arguments.prompt,
+        seed=arguments.seed,
+    )
+    found = {
+        "zipf": zipf_trace(**sizes, locality=arguments.locality),
+        "uniform": uniform_trace(**sizes, locality=arguments.locality),
+    }
+    fitting = {n: t for n, t in arguments.recorded.items() if t.experts == shape.experts}
+    return found | fitting
+
+
+def slots_for(
+    shape: Shape, trace: RoutingTrace, machine: Machine, arguments: argparse.Namespace
+) -> tuple[int, ...]:
+    """Slots that fit beside dense weights, what is reserved, and two experts in transit.
+
+    A trace with fewer layers than the model gets the slots of as many layers.
+    """
+    size = expert_bytes(shape.embed, shape.ffn, ITEMSIZE)
+    device = min(machine.device_bytes, arguments.device_gb * 1e9)
+    left = device - shape.dense * ITEMSIZE - arguments.reserve_gb * 1e9 - 2 * size
+    if left < 0:
+        raise SystemExit(
+            f"{machine.name} has {device / 1e9:.1f} GB for {shape}, {-left / 1e9:.1f} GB short; "
+            "raise --device-gb, lower --reserve-gb, or leave it out"
+        )
+    total = int(left // size) * trace.layers // shape.layers
+    return uniform_slots(total, trace.layers, shape.experts)
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, str], float, Simulation]]:
+    """Labels, hit rate of the plain cache, and result of every combination."""
+    for model in arguments.models:
+        shape = MODELS[model]
+        size = expert_bytes(shape.embed, shape.ffn, ITEMSIZE)
+        for trace_name, trace in traces(shape, arguments).items():
+            for machine_name in arguments.machines:
+                machine = machine_named(machine_name)
+                curves = curves_for(machine, shape.embed, shape.ffn, ITEMSIZE)
+                slots = slots_for(shape, trace, machine, arguments)
+                oracle = find_oracle(trace, curves, slots)
+                common = dict(
+                    expert_bytes=size,
+                    most_per_step=arguments.most_per_step or trace.layers,
+                    oracle=oracle,
+                )
+                labels = dict(machine=machine_name, model=model, trace=trace_name)
+                for planner, policy in pairs(arguments):
+                    cached = hit_rate(trace, cache_residents(trace, slots, policy))
+                    result = simulate(
+                        trace, curves, slots, planner=PLANNERS[planner], policy=policy, **common
+                    )
+                    yield labels | dict(planner=planner, policy=policy), cached, result
+                profile = profile_placement(trace.counts.sum(0, dtype="int64"), slots)
+                result = simulate(trace, curves, slots, policy="static", initial=profile, **common)
+                placed = labels | dict(planner="plan", policy="static, hindsight")
+                yield placed, result.hit_rate, result
+
+
+def pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    chosen = [("plan", policy) for policy in arguments.policies]
+    others = arguments.policies if arguments.every_pair else ["static"]
+    return chosen + [(p, policy) for p in PLANNERS if p != "plan" for policy in others]
+
+
+def main() -> None:
+    arguments = parse()
+    start, records = time.perf_counter(), []
+    for labels, cached, result in runs(arguments):
+        if not records:
+            header = [*labels, "cache", *Simulation.COLUMNS]
+            print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        print(f"| {' | '.join(labels.values())} | {cached:.1%} {result}", flush=True)
+        records.append({**labels, "cache_hit_rate": cached, **result.record()})
+    seconds = time.perf_counter() - start
+    print(f"\n{len(records)} replays in {seconds:.0f} s; trace of {arguments.steps} steps")
+    if arguments.out:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"options": options, "rows": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
