@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.checkpoint.chat import ChatTemplate
@@ -20,8 +20,10 @@ from moe_jax.engine.outputs import Completion, Piece
 from moe_jax.engine.plan import Plan
 from moe_jax.engine.prompts import encode_prompt, is_many
 from moe_jax.engine.recording import record_routing
-from moe_jax.engine.runner import NewTokens, Runner
+from moe_jax.engine.runner import NewTokens, Runner, StepReport
 from moe_jax.engine.stats import Stats
+from moe_jax.placement.planner import plan_layers
+from moe_jax.placement.timeline import Timeline, make_timeline
 from moe_jax.placement.trace import RoutingTrace
 
 
@@ -59,6 +61,7 @@ class Engine:
         self._progress = progress
         self._monitor = Monitor(plan.memory, runner.model.curves)
         self._mover = mover
+        self._last_step: tuple[StepReport, Bool[np.ndarray, "layers experts"]] | None = None
         self._run_number = 0
 
     def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
@@ -120,6 +123,33 @@ class Engine:
             )
         self._take_over()
         return record_routing(self._runner, tokens, prompt_tokens)
+
+    def last_routing(
+        self,
+    ) -> tuple[Int[np.ndarray, "layers experts"], Bool[np.ndarray, "layers experts"]]:
+        """Tokens of each expert in the last step of a generation, and which were resident.
+
+        Raises ValueError if nothing was generated yet.
+        """
+        report, resident = self._step_to_show()
+        return np.asarray(report.tally.counts), resident
+
+    def timeline(self) -> Timeline:
+        """What device, link and host should have done during the last step of a generation.
+
+        As planned, not as measured. Print it, or draw it with scripts/timeline.py.
+
+        Raises ValueError if nothing was generated yet.
+        """
+        report, resident = self._step_to_show()
+        model, counts = self._runner.model, np.asarray(report.tally.counts)
+        plans = plan_layers(self._runner.programs.planner, counts, resident, model.curves)
+        return make_timeline(
+            counts,
+            np.asarray(plans.mode),
+            model.curves,
+            self._monitor.dense_seconds(report.tokens) / self.config.layers,
+        )
 
     @property
     def stats(self) -> Stats:
@@ -183,9 +213,15 @@ class Engine:
                     )
             done += len(batch)
 
+    def _step_to_show(self) -> tuple[StepReport, Bool[np.ndarray, "layers experts"]]:
+        if self._last_step is None:
+            raise ValueError("there is no step to show yet; generate something first")
+        return self._last_step
+
     def _after_step(self, step: StepTime) -> None:
         reports = self._runner.take_reports()
         self._monitor.after_step(step, reports)
+        self._last_step = reports[-1], self._mover.residency.resident
         self._mover.after_step(reports, step.prompt_tokens)
 
     def _next_batch(self, requests: Sequence[Request]) -> Sequence[Request]:

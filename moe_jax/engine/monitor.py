@@ -74,9 +74,13 @@ class Monitor:
             swapped=swaps,
         )
 
+    def dense_seconds(self, tokens: int) -> float:
+        """What a step of this many tokens should take outside the experts, before correction."""
+        if tokens not in self._dense_seconds:
+            seconds = float(self._curves.device_seconds(jnp.int32(tokens)))
+            self._dense_seconds[tokens] = self._dense_experts * seconds
+        return self._dense_seconds[tokens]
+
     def _foresee(self, report: StepReport) -> float:
         """Seconds of one step before correction: dense weights, then what the planner expected."""
-        if report.tokens not in self._dense_seconds:
-            seconds = float(self._curves.device_seconds(jnp.int32(report.tokens)))
-            self._dense_seconds[report.tokens] = self._dense_experts * seconds
-        return self._dense_seconds[report.tokens] + float(report.tally.predicted)
+        return self.dense_seconds(report.tokens) + float(report.tally.predicted)

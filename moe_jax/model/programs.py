@@ -100,7 +100,7 @@ class Programs:
     ):
         self.traces: Counter = Counter()
         self._config = config
-        self._planner = planner
+        self.planner = planner
         self._layer_programs: dict = {}
         self._embed = jax.jit(functools.partial(self._embed_step, pages, page_size))
         self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
@@ -110,7 +110,7 @@ class Programs:
         key = graph, window
         if key not in self._layer_programs:
             self._layer_programs[key] = LayerProgram(
-                graph, self._config, window, self._planner, self.traces
+                graph, self._config, window, self.planner, self.traces
             )
         return self._layer_programs[key]
 

@@ -21,6 +21,7 @@ the plan can be at most.
 """
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import no_type_check
@@ -127,6 +128,18 @@ def plan_layer(
         predicted=total[best],
         lower_bound=jnp.minimum(bound, total[best]),  # equal but for rounding, where it is tight
     )
+
+
+@no_type_check  # NumPy arrays will do
+@functools.partial(jax.jit, static_argnums=0)
+def plan_layers(
+    planner: Planner,
+    counts: Int[Array, "layers experts"],
+    resident: Bool[Array, "layers experts"],
+    curves: CostCurves,
+) -> LayerPlan:
+    """The plans of all layers of a step; every field has an axis of layers in front."""
+    return jax.vmap(planner, in_axes=(0, 0, None))(counts, resident, curves)
 
 
 def _together(

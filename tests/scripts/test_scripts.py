@@ -62,6 +62,13 @@ def test_simulate_says_what_it_does_not_know(options, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_step_is_shown_for_another_machine(tmp_path):
+    done = run("timeline.py", "--machine", "rtx4090", "--tokens", "2")
+    assert done.returncode == 0, done.stderr
+    lanes = [line.split()[0] for line in done.stdout.splitlines()[-4:]]
+    assert lanes == ["device", "link", "host", "memory"]
+
+
 def test_bench_measures_a_checkpoint_it_makes(tmp_path):
     out = tmp_path / "bench.json"
     small = ["--repeats", "1", "--prefill", "8", "--decode", "2", "--skip-transformers"]

@@ -154,3 +154,19 @@ def test_routing_is_recorded_step_by_step(tiny):
         ValueError, match="must lie between 0 and the 30 tokens of the text, got 31"
     ):
         engine.routing(TOKENS.tolist(), prompt_tokens=31)
+
+
+def test_the_last_step_can_be_shown(tiny):
+    budget = device_memory_for(tiny, experts=0.5, **SIZES)
+    engine = moe_jax.load(tiny, device_memory=budget, missing_experts="host", **SIZES)
+    with pytest.raises(ValueError, match="there is no step to show yet; generate something first"):
+        engine.timeline()
+    engine.generate(PROMPTS[0], max_tokens=3, ignore_eos=True)
+    counts, resident = engine.last_routing()
+    assert counts.sum(axis=1).tolist() == [2, 0, 2]
+    assert resident.sum(axis=1).tolist() == [2, 0, 2]
+    timeline = engine.timeline()
+    lanes = [span.lane for span in timeline.spans if span.expert >= 0]
+    assert lanes.count("device") + lanes.count("host") == 4 and "link" not in lanes
+    assert [span.layer for span in timeline.spans if span.expert < 0] == [0, 1, 2]
+    assert "host   |" in str(timeline)

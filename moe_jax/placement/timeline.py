@@ -1,0 +1,129 @@
+"""When each resource works on which expert during a step, as the plan has it.
+
+Knows counts, modes and costs; what was really going on is for a profiler to say.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.planner import Mode
+
+# Memory is the host's: it is read by whoever uses an expert that is not resident.
+LANES = ("device", "link", "host", "memory")
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One piece of work: seconds since the step began, expert -1 for the dense part of a layer."""
+
+    lane: str
+    layer: int
+    expert: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The spans of one step, in the order of their layers; it prints itself.
+
+    Attributes:
+      spans: the work.
+      seconds: when the last layer ends.
+    """
+
+    spans: tuple[Span, ...]
+    seconds: float
+
+    def busy(self, lane: str) -> float:
+        """The share of the step in which a lane works."""
+        total = sum(span.end - span.start for span in self.spans if span.lane == lane)
+        return total / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.seconds * 1e3:.3g} ms"]
+        for lane in LANES:
+            cells = "".join(_BLOCKS[round(share * 8)] for share in self._shares(lane, 64))
+            lines.append(f"{lane:<7}|{cells}| {self.busy(lane):4.0%}")
+        return "\n".join(lines)
+
+    def _shares(self, lane: str, cells: int) -> np.ndarray:
+        """How busy a lane is in each of `cells` equal parts of the step, 0 to 1."""
+        edges = np.linspace(0, self.seconds, cells + 1)
+        work = np.zeros(cells)
+        for span in self.spans:
+            if span.lane == lane:
+                overlap = np.minimum(edges[1:], span.end) - np.maximum(edges[:-1], span.start)
+                work += np.maximum(overlap, 0)
+        return np.minimum(work * cells / self.seconds, 1) if self.seconds else work
+
+
+def make_timeline(
+    counts: Int[np.ndarray, "layers experts"],
+    modes: Int[np.ndarray, "layers experts"],
+    curves: CostCurves,
+    dense_seconds: float = 0.0,
+) -> Timeline:
+    """Plays a step through.
+
+    Args:
+      counts: tokens routed to each expert; zero in dense layers.
+      modes: a `Mode` for each expert.
+      curves: costs of an expert.
+      dense_seconds: what a layer takes on the device before its experts start.
+    """
+    spans: list[Span] = []
+    now = 0.0
+    for layer in range(counts.shape[0]):
+        if dense_seconds:
+            end = now + dense_seconds
+            spans.append(Span(lane="device", layer=layer, expert=-1, start=now, end=end))
+            now = end
+        work = list(_layer(layer, now, counts[layer], modes[layer], curves))
+        spans += work
+        now = max([now, *(span.end for span in work)])
+    return Timeline(spans=tuple(spans), seconds=now)
+
+
+def _layer(
+    layer: int, start: float, counts: np.ndarray, modes: np.ndarray, curves: CostCurves
+) -> Iterator[Span]:
+    """The spans of one layer's experts; where lanes cannot overlap, one waits for the other."""
+    tokens = jnp.asarray(counts, jnp.int32)
+    device = np.asarray(curves.device_seconds(tokens))
+    host = np.asarray(curves.host_seconds(tokens))
+
+    def span(lane: str, expert: int, begin: float, seconds: float) -> Span:
+        return Span(lane=lane, layer=layer, expert=expert, start=begin, end=begin + seconds)
+
+    order = np.argsort(-counts, kind="stable")
+    on_host = [int(e) for e in order if modes[e] == Mode.HOST]
+    streamed = [int(e) for e in order if modes[e] == Mode.STREAM]
+    now = start
+    for expert in (int(e) for e in order if modes[e] == Mode.RESIDENT):
+        yield span("device", expert, now, float(device[expert]))
+        now += float(device[expert])
+    link = (start if curves.link_beside > 0 else now) + float(curves.link_latency)
+    for expert in streamed:
+        yield span("link", expert, link, float(curves.stream))
+        link += float(curves.stream)
+        now = max(now, link)
+        yield span("device", expert, now, float(device[expert]))
+        now += float(device[expert])
+        if curves.link_beside <= 0:
+            link = now
+    at = (start if curves.host_beside > 0 else now) + float(curves.host_launch)
+    for expert in on_host:
+        yield span("host", expert, at, float(host[expert]))
+        at += float(host[expert])
+    at = start
+    for expert in streamed + on_host:
+        if curves.memory > 0:
+            yield span("memory", expert, at, float(curves.memory))
+            at += float(curves.memory)

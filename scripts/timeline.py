@@ -1,0 +1,98 @@
+"""Shows what device, link and host do during a step, as text and as a picture.
+
+Generates a few tokens and plays the last step as it was planned. With --machine, the same routing
+is planned for another machine and another size of expert.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+
+import moe_jax
+from moe_jax.engine.load import reference_model_folder
+from moe_jax.engine.sizing import device_memory_for
+from moe_jax.placement.machines import MACHINES, curves_for, machine_named
+from moe_jax.placement.planner import plan_layer, plan_layers
+from moe_jax.placement.timeline import LANES, Timeline, make_timeline
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="a Hugging Face folder (default: the embedded model)")
+    add("--resident", type=float, default=0.5, help="share of the experts on the device (0.5)")
+    add("--prompt", default="def fibonacci(n):\n", help="text to continue")
+    add("--tokens", type=int, default=8, help="tokens to generate; 1: shows the prefill (8)")
+    add("--layers", type=int, default=8, help="layers in the picture, the first ones (8)")
+    add("--machine", choices=MACHINES, help="plan for this machine instead")
+    add("--embed", type=int, default=4096, help="with --machine: width of the model (4096)")
+    add("--ffn", type=int, default=14336, help="with --machine: width of an expert (14336)")
+    add("--out", help="file for the picture, for example timeline.png")
+    return parser.parse_args()
+
+
+def plan_elsewhere(engine: moe_jax.Engine, arguments: argparse.Namespace) -> Timeline:
+    """The last step's routing, planned for another machine and expert."""
+    counts, resident = engine.last_routing()
+    curves = curves_for(machine_named(arguments.machine), arguments.embed, arguments.ffn)
+    modes = np.asarray(plan_layers(plan_layer, counts, resident, curves).mode)
+    return make_timeline(counts, modes, curves)
+
+
+def draw(timeline: Timeline, layers: int, title: str) -> Any:
+    """A figure with a lane for each resource; raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional: the train extra
+    except ImportError as error:
+        raise ValueError(
+            "drawing needs matplotlib, which is not installed: pip install 'moe-jax[train]'"
+        ) from error
+    shown = [span for span in timeline.spans if span.layer < layers]
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    axes = figure.subplots()
+    end = max((span.end for span in shown), default=0.0)
+    for span in shown:
+        dense = span.expert < 0
+        axes.barh(
+            LANES.index(span.lane),
+            1e3 * (span.end - span.start),
+            left=1e3 * span.start,
+            color="lightgrey" if dense else f"C{span.expert % 10}",
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        if not dense and span.end - span.start > 0.015 * end:
+            middle = 500 * (span.start + span.end)
+            axes.text(middle, LANES.index(span.lane), str(span.expert), ha="center", va="center")
+    starts = {span.layer: span.start for span in reversed(shown)}
+    for start in starts.values():
+        axes.axvline(1e3 * start, color="black", linewidth=0.5, linestyle=":")
+    axes.set_yticks(range(len(LANES)), LANES)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms (grey: dense part; numbers: experts; dotted: a layer begins)", title=title)
+    return figure
+
+
+def main() -> None:
+    arguments = parse()
+    folder = arguments.checkpoint or reference_model_folder()
+    budget = device_memory_for(folder, experts=arguments.resident)
+    engine = moe_jax.load(arguments.checkpoint, device_memory=budget)
+    engine.generate(arguments.prompt, max_tokens=arguments.tokens, ignore_eos=True)
+    timeline = plan_elsewhere(engine, arguments) if arguments.machine else engine.timeline()
+    print(timeline)
+    if arguments.out:
+        what = "prefill" if arguments.tokens == 1 else "decode step"
+        where = arguments.machine or "this machine"
+        title = f"A {what} as planned for {where}, {arguments.resident:.0%} of the experts resident"
+        draw(timeline, arguments.layers, title).savefig(arguments.out, dpi=150)
+        print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
