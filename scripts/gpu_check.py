@@ -1,8 +1,9 @@
-"""Checks the kernels on a machine with an NVIDIA GPU: tests, tuning and benchmarks in one command.
+"""Checks a machine with an NVIDIA GPU: tests of the kernels, tuning and benchmarks in one command.
 
 Every part is a process of its own with a share of the time that is left, so that a crash or a hang
 ends only itself. Writes gpu_check.json, gpu_check.md, the tables of tiles and the tests' output
-into --out. Needs jax, flax, numpy, jaxtyping and pytest.
+into --out. Needs jax, flax, numpy, jaxtyping and pytest; the last part, a model that does not fit,
+needs what moe_jax needs, and 12 GB of disk for a while.
 """
 
 import argparse
@@ -19,7 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kernel_bench.report import benchmark_table, markdown_table, today, versions, write_json
+from kernel_bench.report import (
+    benchmark_table,
+    markdown_table,
+    offload_table,
+    today,
+    versions,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -184,19 +192,32 @@ def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
         parts.append(
             Part(name=f"bench {operation}", command=command, weight=2, resume=["--resume"])
         )
+    command = [python, str(SCRIPTS / "bench_offload.py"), "--seconds", "{seconds}"]
+    command += ["--out", str(scratch / "offload.json")]
+    command += ["--checkpoint", str(scratch / "checkpoint")]
+    if dry_run:
+        command += ["--shape", "mixtral_0.8b", "--layers", "1", "--device-memory", "250MB"]
+        command += ["--ways", "host", "--prefill", "8", "--decode", "2", "--repeats", "1"]
+    parts.append(Part(name="offload", command=command, weight=4))
     return parts
 
 
 def collect(out: Path, scratch: Path, tables: Path, device: str, started: float) -> dict[str, Any]:
     """Gathers what the parts left behind; copies the tables of tiles."""
     result: dict[str, Any] = {"benchmarks": {}, "tables": [], "unreadable": []}
-    for operation in OPERATIONS:
-        file = scratch / f"{operation}.json"
+    for name in (*OPERATIONS, "offload"):
+        file = scratch / f"{name}.json"
         if file.exists():
             try:
-                result["benchmarks"][operation] = json.loads(file.read_text())
+                read = json.loads(file.read_text())
             except json.JSONDecodeError as error:
                 result["unreadable"].append(f"{file.name}: {error}")
+                continue
+            if name == "offload":
+                result["offload"] = read
+            else:
+                result["benchmarks"][name] = read
+    for operation in OPERATIONS:
         for table in sorted((tables / operation / "tiles").glob("*.json")):
             if table.stat().st_mtime < started - 1:
                 continue  # shipped with the package, not measured now
@@ -223,6 +244,8 @@ def report(outcomes: Sequence[Outcome], result: dict[str, Any]) -> str:
     ]
     for operation, benchmark in result["benchmarks"].items():
         lines += ["", f"## {operation}", "", benchmark_table(benchmark)]
+    if offload := result.get("offload"):
+        lines += ["", "## offload", "", offload_table(offload)]
     missing = [name for name in OPERATIONS if name not in result["benchmarks"]]
     lines += [f"\nNo benchmark of {name} came back." for name in missing]
     return "\n".join(lines) + "\n"

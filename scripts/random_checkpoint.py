@@ -21,6 +21,10 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+# Large matrices are cut from this many random numbers, each beginning elsewhere: drawing billions
+# takes minutes.
+_POOL = 1 << 24
+
 SHAPES: dict[str, dict[str, Any]] = {
     # Mixtral in small: 0.8 B parameters, eight layers.
     "mixtral_0.8b": {
@@ -31,6 +35,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 8,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+    },
+    "mixtral_8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "vocab_size": 32000,
@@ -88,8 +106,12 @@ def _shards(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, np.ndarray]
     block = "block_sparse_moe" if mixtral else "mlp"
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
 
+    pool = rng.standard_normal(_POOL, np.float32)
+
     def draw(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5).astype(bfloat16)
+        size, first = int(np.prod(shape)), int(rng.integers(_POOL))
+        numbers = np.resize(np.roll(pool, -first)[:size], shape)
+        return (numbers * shape[-1] ** -0.5).astype(bfloat16)
 
     ones = lambda width: np.ones(width, bfloat16)
     yield (

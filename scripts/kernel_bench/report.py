@@ -110,3 +110,26 @@ def _benchmark_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{fastest['name']} {fastest['microseconds']:.1f}" if fastest else "none ran",
         f"{row['times_as_fast']:.2f}" if fastest else "",
     )
+
+
+def offload_table(result: Mapping[str, Any]) -> str:
+    """Returns what scripts/bench_offload.py measured as a Markdown table."""
+    rows = result["rows"]
+    lengths = list(rows[0]["prefill_tokens_per_second"])
+    head = ("way", "decode tokens/s", "predicted at load", "decode steps mispredicted by")
+    lines = (
+        (
+            row["way"],
+            f"{row['decode_tokens_per_second']:.2f}",
+            f"{row['predicted_tokens_per_second']:.2f}",
+            "?" if row["decode_error"] is None else f"{row['decode_error']:.0%}",
+            *(f"{row['prefill_tokens_per_second'][length]:.0f}" for length in lengths),
+        )
+        for row in rows
+    )
+    skipped = f"; no time for {', '.join(result['skipped'])}" if result["skipped"] else ""
+    return (
+        f"{result['shape']} cut to {result['layers']} layers, {result['device_memory']} on the "
+        f"device, {result['device']}, {result['date']}{skipped}\n\n"
+        + markdown_table((*head, *(f"prefill {length}" for length in lengths)), lines)
+    )

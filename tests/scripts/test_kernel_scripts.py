@@ -296,11 +296,13 @@ def test_the_whole_command_in_small(start, tmp_path, capsys):
     code = start(gpu_check, "--out", tmp_path, "--dry-run", "--minutes", 4)
     assert code == 0, capsys.readouterr().out
     result = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [part["problem"] for part in result["parts"]] == [None] * 5
+    assert [part["problem"] for part in result["parts"]] == [None] * 6
     assert set(result["benchmarks"]) == set(TINY)
     assert all(benchmark["rows"] for benchmark in result["benchmarks"].values())
     assert len(result["tables"]) == 2 and all((tmp_path / t).exists() for t in result["tables"])
     text = (tmp_path / "gpu_check.md").read_text()
     assert "## paged_attention" in text and "| tiny down 4 tokens |" in text
+    assert "## offload" in text and "| host |" in text
+    assert [row["way"] for row in result["offload"]["rows"]] == ["host"]
     assert "passed" in (tmp_path / "tests.log").read_text()
     assert len(list(tmp_path.iterdir())) == 5  # a report in two forms, two operations, a log
