@@ -4,14 +4,12 @@ Knows what machine this is and how a calibration is written down, not what was t
 believed only if all of it is what `write` would have written for this machine and this work.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import platform
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import jaxlib.version
 from host_offload.calibration import Calibration, Curve
 from host_offload.host_compute import compiler_options
 from host_offload.memory import host_memory_bytes
+from host_offload.whole_file import write_whole_file
 
 # Part of every key: raise it when the file's fields change, or what they mean.
 FORMAT = 1
@@ -120,18 +119,7 @@ def write(path: Path, key: Key, calibration: Calibration) -> None:
     Raises OSError if the folder cannot be made or written.
     """
     content = {"format": FORMAT, "key": _plain(key), "calibration": _record(calibration)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
+    write_whole_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _plain(key: Key) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 Knows neither models nor costs; made-up traces come from seeded random numbers.
 """
 
-import contextlib
-import os
-import tempfile
+import io
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -14,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt
 
+from host_offload.whole_file import write_whole_file
+
 _VERSION = 1
+_MOST_BYTES = 8 << 30
 _FIELDS = ("version", "counts", "gates", "tokens", "prefill", "layer", "experts_per_token")
 
 
@@ -100,17 +101,10 @@ def save_trace(trace: RoutingTrace, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"{path} does not end in .npz; traces are NumPy archives, name them so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            values = {name: getattr(trace, name) for name in _FIELDS[1:]}
-            np.savez_compressed(file, version=np.int64(_VERSION), **values)
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
+    content = io.BytesIO()
+    values = {name: getattr(trace, name) for name in _FIELDS[1:]}
+    np.savez_compressed(content, version=np.int64(_VERSION), **values)
+    write_whole_file(path, content.getvalue())
 
 
 def load_trace(path: str | Path) -> RoutingTrace:
@@ -123,9 +117,13 @@ def load_trace(path: str | Path) -> RoutingTrace:
     try:
         if not archive:
             raise ValueError("it is no NumPy archive")
+        with zipfile.ZipFile(path) as file:
+            size = sum(member.file_size for member in file.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"it unpacks to {size} bytes, more than {_MOST_BYTES}")
         with np.load(path, allow_pickle=False) as file:
             fields = {name: file[name] for name in _FIELDS if name in file}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, ValueError) as error:
         raise ValueError(
             f"{path} is no routing trace, or damaged: {error}; record it anew"
         ) from error

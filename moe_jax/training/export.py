@@ -5,10 +5,8 @@ so a file that carries its name is whole.
 """
 
 import json
-import os
 import pathlib
 import struct
-import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 from tokenizers import Tokenizer
 
+from host_offload.whole_file import write_whole_file
 from moe_jax.config import ModelConfig
 from moe_jax.model.weights import ModelWeights
 from moe_jax.training.forward import check_trainable
@@ -128,7 +127,7 @@ def export(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         where |= dict.fromkeys(shard, file)
-        _write(folder / file, _safetensors(shard))
+        write_whole_file(folder / file, _safetensors(shard))
     total = sum(value.nbytes for shard in shards for value in shard.values())
     _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     _write_json(folder / "config.json", hugging_face_config(config, token))
@@ -136,7 +135,7 @@ def export(
         folder / "generation_config.json",
         {"bos_token_id": None, "eos_token_id": token, "do_sample": False},
     )
-    _write(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_whole_file(folder / "tokenizer.json", tokenizer.to_str().encode())
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -149,15 +148,7 @@ def export(
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    _write(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
+    write_whole_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _safetensors(tensors: dict[str, np.ndarray]) -> bytes:

@@ -196,3 +196,11 @@ def test_recorded_counts_are_checked():
     assert str(error.value) == (
         "step 0, layer 0: the counts sum to 3, but 1 tokens choose 2 experts each"
     )
+
+
+def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "large.npz"
+    save_trace(uniform_trace(steps=4, layers=2, experts=8, experts_per_token=2), path)
+    monkeypatch.setattr("moe_jax.placement.trace._MOST_BYTES", 100)
+    with pytest.raises(ValueError, match=r"large.npz is no routing trace, .* more than 100"):
+        load_trace(path)
