@@ -15,7 +15,7 @@ import numpy as np
 
 from host_offload.calibration import Timing, fit_line, timing_of
 from host_offload.host_compute import as_device, as_host, compiler_options, on_host
-from host_offload.memory import MemoryKind, sharding, to_device
+from host_offload.memory import MemoryKind, sharding
 
 Clock = Callable[[], float]
 
@@ -138,11 +138,6 @@ def random_arrays(
     """Small random numbers in one memory kind, for timing; a few values over and over."""
     values = (np.random.default_rng(0).standard_normal(1 << 16, np.float32) * 0.02).astype(dtype)
     return tuple(jax.device_put(np.resize(values, shape), sharding(kind)) for shape in shapes)
-
-
-def measure_link(arrays: Sequence[jax.Array]) -> float:
-    """Seconds to bring these pinned host arrays to the device."""
-    return seconds_of(lambda: to_device(tuple(arrays)))
 
 
 def _add_one(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from moe_jax.engine.recording import record_routing
 from moe_jax.engine.runner import NewTokens, Runner, StepReport
 from moe_jax.engine.stats import Stats
 from moe_jax.placement.planner import plan_layers
+from moe_jax.placement.residency import Residency
 from moe_jax.placement.timeline import Timeline, make_timeline
 from moe_jax.placement.trace import RoutingTrace
 
@@ -61,7 +62,7 @@ class Engine:
         self._progress = progress
         self._monitor = Monitor(plan.memory, runner.model.curves)
         self._mover = mover
-        self._last_step: tuple[StepReport, Bool[np.ndarray, "layers experts"]] | None = None
+        self._last_step: tuple[StepReport, Residency] | None = None
         self._run_number = 0
 
     def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
@@ -131,8 +132,8 @@ class Engine:
 
         Raises ValueError if nothing was generated yet.
         """
-        report, resident = self._step_to_show()
-        return np.asarray(report.tally.counts), resident
+        report, residency = self._step_to_show()
+        return np.asarray(report.tally.counts), residency.resident
 
     def timeline(self) -> Timeline:
         """What device, link and host should have done during the last step of a generation.
@@ -141,8 +142,8 @@ class Engine:
 
         Raises ValueError if nothing was generated yet.
         """
-        report, resident = self._step_to_show()
-        model, counts = self._runner.model, np.asarray(report.tally.counts)
+        report, _ = self._step_to_show()
+        model, (counts, resident) = self._runner.model, self.last_routing()
         plans = plan_layers(self._runner.programs.planner, counts, resident, model.curves)
         return make_timeline(
             counts,
@@ -213,7 +214,7 @@ class Engine:
                     )
             done += len(batch)
 
-    def _step_to_show(self) -> tuple[StepReport, Bool[np.ndarray, "layers experts"]]:
+    def _step_to_show(self) -> tuple[StepReport, Residency]:
         if self._last_step is None:
             raise ValueError("there is no step to show yet; generate something first")
         return self._last_step
@@ -221,7 +222,7 @@ class Engine:
     def _after_step(self, step: StepTime) -> None:
         reports = self._runner.take_reports()
         self._monitor.after_step(step, reports)
-        self._last_step = reports[-1], self._mover.residency.resident
+        self._last_step = reports[-1], self._mover.residency
         self._mover.after_step(reports, step.prompt_tokens)
 
     def _next_batch(self, requests: Sequence[Request]) -> Sequence[Request]:

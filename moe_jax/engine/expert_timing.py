@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from host_offload.calibrate import (
     TimeBox,
@@ -26,13 +25,12 @@ from host_offload.calibrate import (
     time_beside,
 )
 from host_offload.calibration import SIZES, Calibration, Curve, Timing, curve_of
-from host_offload.host_compute import as_host, compiler_options, on_host
+from host_offload.host_compute import compiler_options
 from host_offload.memory import MemoryKind
 from moe_jax.config import ModelConfig
 from moe_jax.engine.progress import progress_bar
 from moe_jax.model.dispatch import Dispatch, rows_per_block
-from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts
-from moe_jax.model.ops import gated_ffn
+from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts, run_on_host
 from moe_jax.placement.planner import Mode
 
 # In order of importance: bandwidth, arithmetic, the largest share of a prefill chunk, the knee.
@@ -46,7 +44,7 @@ _FULL_ROWS = rows_per_block(SIZES[-1], 1, 1)
 _FULL_BLOCKS = SIZES[-1] // _FULL_ROWS
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 1
+_PROGRAMS = 2
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -232,32 +230,8 @@ class ExpertTiming:
         blocks: Float[Array, "blocks embed rows"],
         where: Dispatch,
     ) -> Float[Array, "blocks embed rows"]:
-        """The host's part of `run_experts`; all of that takes three times as long to compile."""
-
-        def body(
-            experts: tuple[Expert, ...],
-            blocks: Float[Array, "blocks embed rows"],
-            owners: Int[Array, " blocks"],
-            count: Int[Array, ""],
-        ) -> Float[Array, "blocks embed rows"]:
-            blocks = as_host(blocks)
-            branches = [
-                functools.partial(
-                    gated_ffn, expert.gate_up, expert.down, activation=self.activation
-                )
-                for expert in experts
-            ]
-
-            def run(i: Array, output: Array) -> Array:
-                x = lax.dynamic_index_in_dim(blocks, i, keepdims=False)
-                y = lax.switch(owners[i], branches, x)
-                return lax.dynamic_update_index_in_dim(output, y, i, 0)
-
-            # Not zeros: an array made from nothing would be device-typed.
-            return lax.fori_loop(0, count, run, blocks.astype(jnp.float32) * 0)
-
-        used = (where.block_expert < self.group).sum(dtype=jnp.int32)
-        return on_host(body, experts, blocks, where.block_expert, used)
+        mode = jnp.full(self.group, Mode.HOST.value, jnp.int32)
+        return run_on_host(experts, blocks, where, mode, 0, self.activation)
 
 
 def _disagreements(probe: Callable[[], float], expected: float) -> list[float]:

@@ -84,7 +84,7 @@ def run_experts(
     if not experts.host:
         return output
     missing_mode = mode[slots:]
-    hosted = _run_on_host(experts.host, blocks, where, missing_mode, slots, ffn)
+    hosted = run_on_host(experts.host, blocks, where, missing_mode, slots, activation)
     output = _run_streamed(experts.host, blocks, where, missing_mode, slots, ffn, output)
     # The barrier keeps the device work out of the addition, where it would wait for the host.
     return lax.optimization_barrier(output) + hosted
@@ -127,8 +127,19 @@ def _run_bank(bank, blocks, where, activation):
     return down.reshape(count, rows, embed).swapaxes(1, 2).astype(jnp.float32)
 
 
-def _run_on_host(host, blocks, where, mode, slots, ffn):
-    """Runs the blocks of the experts in mode HOST, all in one host computation."""
+def run_on_host(
+    host: tuple[Expert, ...],
+    blocks: Float[Array, "blocks embed rows"],
+    where: Dispatch,
+    mode: Int[Array, " missing"],
+    slots: int,
+    activation: Activation,
+) -> Float[Array, "blocks embed rows"]:
+    """Runs the blocks of the experts in mode HOST, all in one host computation; float32.
+
+    `where` is in addresses; `host` and `mode` begin at address `slots`. Other blocks are 0.
+    """
+    ffn = functools.partial(_apply, activation)
     block_mode = mode.at[where.block_expert - slots].get(
         mode="fill", fill_value=Mode.IDLE, wrap_negative_indices=False
     )

@@ -10,7 +10,6 @@ from host_offload.calibrate import (
     cache_bytes,
     measure_host_launch,
     measure_in_time,
-    measure_link,
     measure_read_rate,
     measure_transfers,
     random_arrays,
@@ -127,11 +126,6 @@ def test_arrays_lie_where_they_are_timed():
     assert one.sharding.memory_kind == "pinned_host"
     assert one.dtype == np.float32
     assert 0 < abs(np.asarray(one)).max() < 1
-
-
-def test_copies_over_the_link_take_time():
-    seconds = measure_link(random_arrays([(256, 256)], np.float32, "pinned_host"))
-    assert 0 < seconds < 1
 
 
 def test_latency_and_seconds_of_a_transfer_are_told_apart():
