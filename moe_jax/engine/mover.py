@@ -17,6 +17,7 @@ from moe_jax.placement.residency import (
     observe,
     propose_swaps,
     start_residency,
+    swap_costs,
     warm_start,
 )
 
@@ -32,6 +33,8 @@ class ExpertMover:
     def __init__(self, runner: Runner, policy: str | Policy, most_per_step: int):
         self._runner = runner
         self._most = most_per_step
+        self._curves = runner.model.curves
+        self._costs = swap_costs(self._curves)
         slots = tuple(
             np.zeros(0, np.int64) if layer.experts is None else _in_slots(layer.experts)
             for layer in runner.model.layers
@@ -51,7 +54,10 @@ class ExpertMover:
                 axis=0, dtype=np.float64
             )
             self.residency = observe(self.residency, counts, gates)
-        for swap in propose_swaps(self.residency, self._runner.model.curves, self._most, None):
+        curves = self._runner.model.curves
+        if curves is not self._curves:  # read from the device once, not after every step
+            self._curves, self._costs = curves, swap_costs(curves)
+        for swap in propose_swaps(self.residency, self._costs, self._most, None):
             # Both or neither: an interrupt between them would leave two views of one slot.
             with hold_interrupts():
                 self._runner.swap(swap.layer, swap.incoming, swap.outgoing)

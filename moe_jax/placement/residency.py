@@ -6,7 +6,7 @@ Knows neither weights nor devices: a swap is a record, whoever holds the weights
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -16,6 +16,7 @@ from moe_jax.placement.policies import Policy, UseHistory, policy_named
 EMPTY = -1  # in a slot that was never used
 RATE_HALF_LIFE = 64.0  # steps
 FIRST_LIFETIME = 64.0  # steps a slot is taken to keep its expert before any was exchanged
+_MOST_TOKENS = 4096  # of an expert in a step; more save no more
 _LIFETIME_WEIGHT = 0.05  # of one more lifetime in their average
 _CAUTION = 2.0  # standard errors of a difference between two rates
 
@@ -175,15 +176,34 @@ def warm_start(
     )
 
 
-@jax.jit
-def _savings(curves: CostCurves, tokens: jax.Array) -> jax.Array:
+@dataclass(frozen=True, kw_only=True)
+class SwapCosts:
+    """What a swap costs and saves, as numbers on the host: read after every step.
+
+    Attributes:
+      saving: seconds that a hit saves over the cheaper way of a miss, by tokens; those past the
+        end count as the last.
+      upload: seconds of link or host memory that an expert takes to come.
+    """
+
+    saving: Float[np.ndarray, " tokens"]
+    upload: float
+
+
+def swap_costs(curves: CostCurves) -> SwapCosts:
+    """The costs of swaps, from those of experts."""
+    tokens = jnp.arange(_MOST_TOKENS + 1, dtype=jnp.int32)
     device = curves.device_seconds(tokens)
-    return jax.numpy.minimum(curves.host_seconds(tokens), curves.stream + device) - device
+    missed = jnp.minimum(curves.host_seconds(tokens), curves.stream + device)
+    return SwapCosts(
+        saving=np.asarray(missed - device, np.float64),
+        upload=max(float(curves.stream), float(curves.memory)),
+    )
 
 
 def propose_swaps(
     residency: Residency,
-    curves: CostCurves,
+    costs: SwapCosts,
     most_per_step: int,
     idle_link_seconds: float | None,
     arrived: Bool[np.ndarray, "layers experts"] | None = None,
@@ -201,7 +221,7 @@ def propose_swaps(
 
     Args:
       residency: after the last step was observed.
-      curves: costs of an expert.
+      costs: of swaps, see `swap_costs`.
       most_per_step: at most this many swaps.
       idle_link_seconds: what link and host memory have to spare; None: not known, all is exposed.
       arrived: experts whose weights the last step streamed: keeping one moves nothing.
@@ -234,7 +254,7 @@ def propose_swaps(
     old_rate = np.where(outgoing == EMPTY, 0.0, read(rates, old))
     new_rate = read(rates, incoming)
     usual = read(residency.tokens, incoming) / np.maximum(read(residency.uses, incoming), 1e-12)
-    saving = np.asarray(_savings(curves, np.maximum(np.rint(usual), 1).astype(np.int32)))
+    saving = costs.saving[np.clip(np.rint(usual), 1, len(costs.saving) - 1).astype(np.int64)]
     valid &= (read(value, incoming) > old_value) & (new_rate > (1 + hysteresis) * old_rate)
     more = np.where(valid, new_rate - old_rate, 0.0)
     doubt = _CAUTION * np.sqrt(
@@ -245,7 +265,6 @@ def propose_swaps(
     gain, sure = worth * more, worth * np.maximum(0.0, more - doubt)
 
     at_hand = np.zeros_like(resident) if arrived is None else arrived
-    upload = max(float(curves.stream), float(curves.memory))
     left, found = idle_link_seconds or 0.0, []
     layers, columns = np.nonzero(valid)
     for index in np.argsort(-gain[layers, columns], kind="stable"):
@@ -253,7 +272,7 @@ def propose_swaps(
             break
         layer, column = int(layers[index]), int(columns[index])
         expert = int(incoming[layer, column])
-        cost = 0.0 if at_hand[layer, expert] else upload
+        cost = 0.0 if at_hand[layer, expert] else costs.upload
         exposed = max(0.0, cost - left)
         if not (sure if exposed > 0 else gain)[layer, column] > exposed:
             continue

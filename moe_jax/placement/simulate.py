@@ -22,6 +22,7 @@ from moe_jax.placement.residency import (
     observe,
     propose_swaps,
     start_residency,
+    swap_costs,
     warm_start,
 )
 from moe_jax.placement.rules import lp_bound, resource_seconds
@@ -293,7 +294,7 @@ def _replay(trace, counts, curves, residency: Residency, play, most_per_step: in
     """Step after step: what one does decides what the next one starts with."""
     nothing = np.zeros(trace.steps)
     played = _Played(np.empty(counts.shape, bool), nothing, nothing.copy())
-    upload = max(float(curves.stream), float(curves.memory))
+    costs = swap_costs(curves)
     for step in range(trace.steps):
         resident = played.resident[step] = residency.resident
         seconds, idle, streamed = map(np.asarray, play(counts[step], resident, curves))
@@ -302,12 +303,12 @@ def _replay(trace, counts, curves, residency: Residency, play, most_per_step: in
         else:
             residency = observe(residency, counts[step], trace.gates[step].astype(np.float64))
         spare = float(idle.sum(dtype=np.float64))
-        swaps = propose_swaps(residency, curves, most_per_step, spare, arrived=streamed)
+        swaps = propose_swaps(residency, costs, most_per_step, spare, arrived=streamed)
         for swap in swaps:
             residency = apply_swap(residency, swap)
         uploads = sum(not streamed[swap.layer, swap.incoming] for swap in swaps)
         played.seconds[step] = seconds.sum(dtype=np.float64)
-        played.exposed[step] = max(0.0, uploads * upload - spare) if uploads else 0.0
+        played.exposed[step] = max(0.0, uploads * costs.upload - spare) if uploads else 0.0
         played.streams += int(streamed.sum())
         played.swaps += len(swaps)
         played.uploads += uploads

@@ -19,6 +19,7 @@ from moe_jax.placement.residency import (
     profile_placement,
     propose_swaps,
     start_residency,
+    swap_costs,
     violations,
     warm_start,
 )
@@ -64,7 +65,7 @@ def propose(residency, curves=CURVES, most=8, idle=None, arrived=None, **options
         mask = np.zeros(residency.used.shape, bool)
         mask[tuple(np.transpose(arrived))] = True
         arrived = mask
-    return propose_swaps(residency, curves, most, idle, arrived, **options)
+    return propose_swaps(residency, swap_costs(curves), most, idle, arrived, **options)
 
 
 def test_what_is_used_replaces_what_is_not():
@@ -247,7 +248,7 @@ def test_errors():
         "no residency can start like this: layer 0: expert 0 is there twice"
     )
     assert message(start, [(0,)], 4, "fifo").startswith("no policy is called 'fifo'")
-    assert message(propose_swaps, residency, CURVES, -1, None) == (
+    assert message(propose_swaps, residency, swap_costs(CURVES), -1, None) == (
         "most_per_step is -1; 0 is the least, it forbids all swaps"
     )
     assert message(warm_start, residency, np.zeros((1, 4), int), 0) == (
@@ -330,7 +331,7 @@ class Swapping(RuleBasedStateMachine):
     @rule(most=st.integers(0, 5), keep=st.integers(0, 5), arrived=st.booleans())
     def swap(self, most, keep, arrived):
         mask = self.residency.used if arrived else None
-        swaps = propose_swaps(self.residency, CURVES, most, 500.0, mask)
+        swaps = propose_swaps(self.residency, swap_costs(CURVES), most, 500.0, mask)
         assert len(swaps) <= most
         assert self.residency.policy.moves or not swaps
         assert not any(self.residency.used[s.layer, s.outgoing] for s in swaps if s.outgoing >= 0)
