@@ -1,8 +1,7 @@
 """Times one expert of a model's shape on the host, over the link and on the device.
 
-Knows the programs that experts run in, not where the numbers go. An expert with up to 64 tokens is
-one block of so many columns and one with more is several of 64, as in a step all of whose tokens
-it gets.
+Knows the programs that experts run in, not where the numbers go. Up to 16 tokens of an expert run
+as in a decode step of so many sequences, more of them as in a prefill chunk.
 """
 
 import functools
@@ -29,7 +28,7 @@ from host_offload.host_compute import compiler_options
 from host_offload.memory import MemoryKind
 from moe_jax.config import ModelConfig
 from moe_jax.engine.progress import progress_bar
-from moe_jax.model.dispatch import Dispatch, rows_per_block
+from moe_jax.model.dispatch import Dispatch, block_widths, dispatch, num_columns
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts, run_on_host
 from moe_jax.placement.planner import Mode
 
@@ -40,11 +39,11 @@ _ESSENTIAL = 4  # 1 and 64 tokens, on the host and on the device
 SECONDS = 7.0
 _MOST_COPIED = 1 << 30
 _LARGE_EXPERT = 8 << 20
-_FULL_ROWS = rows_per_block(SIZES[-1], 1, 1)
-_FULL_BLOCKS = SIZES[-1] // _FULL_ROWS
+_MOST_DECODED = 16
+_CHUNK = SIZES[-1]
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 2
+_PROGRAMS = 3
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -60,7 +59,7 @@ class ExpertTiming:
 
     def __init__(self, config: ModelConfig, dtype: np.dtype):
         self.shapes, self.dtype = config.expert_shapes, np.dtype(dtype)
-        self.activation = config.activation
+        self.activation, self.moe = config.activation, config.moe
         self.bytes = sum(int(np.prod(shape)) for shape in self.shapes) * self.dtype.itemsize
         enough = 4 * cache_bytes() // self.bytes + 1
         # A wider group takes longer to compile; of small experts it takes more to outlast a call.
@@ -106,8 +105,8 @@ class ExpertTiming:
             known: dict[tuple[str, int], Timing] = {}
 
             def time(place: str, size: int) -> Timing | None:
-                block = known.get((place, _FULL_ROWS))
-                if block and _FEWEST_CALLS * size / _FULL_ROWS * block.median > box.left:
+                block = known.get((place, _ORDER[1]))
+                if block and _FEWEST_CALLS * size / _ORDER[1] * block.median > box.left:
                     return None
                 known[place, size] = programs[place](size)
                 return known[place, size]
@@ -184,54 +183,48 @@ class ExpertTiming:
 
     def _time(self, program, groups, box: TimeBox, size: int) -> Timing:
         """Times one expert with `size` tokens."""
-        rows = rows_per_block(size, 1, 1)
-        each = -(-size // rows)
-        blocks = self.group if rows < _FULL_ROWS else _FULL_BLOCKS
-        experts = min(self.group, blocks // each)
-        embed = self.shapes[1][0]
-        (x,) = random_arrays([(blocks, embed, rows)], self.dtype, "device")
-        idle = self._dispatch(blocks, rows, 0, 0, 0)
-        busy = [self._dispatch(blocks, rows, first, experts, each) for first in range(self.group)]
+        tokens = _CHUNK if size > _MOST_DECODED else size * self.group
+        experts = min(self.group, tokens // size)
+        columns = num_columns(tokens, 1, self.group, self._widths(size))
+        (x,) = random_arrays([(self.shapes[1][0], columns)], self.dtype, "device")
+        idle = self._dispatch(tokens, size, 0, 0)
+        busy = [self._dispatch(tokens, size, first, experts) for first in range(self.group)]
         run = lambda i, where: program(groups[i % len(groups)], x, where)
         timing = time_beside(
             lambda i: run(i, busy[i // len(groups) % self.group]), lambda i: run(i, idle), box
         )
         return timing.scaled(1 / experts)
 
-    def _dispatch(self, blocks: int, rows: int, first: int, experts: int, each: int) -> Dispatch:
-        """`each` full blocks for each of some experts of a group, from the first on, round."""
-        counts = np.zeros(self.group, np.int32)
-        counts[[(first + i) % self.group for i in range(experts)]] = each * rows
-        used = counts // rows
-        owners = np.repeat(np.arange(self.group, dtype=np.int32), used)
-        rest = np.full(blocks - owners.size, self.group, np.int32)
-        return Dispatch(
-            counts=jnp.asarray(counts),
-            first_block=jnp.asarray(np.cumsum(used) - used, jnp.int32),
-            block_expert=jnp.asarray(np.concatenate([owners, rest])),
-            source=jnp.zeros((blocks, rows), jnp.int32),
-            position=jnp.zeros((1, 1), jnp.int32),
-        )
+    def _widths(self, size: int) -> tuple[int, ...]:
+        """The widths of blocks in the model's step in which an expert has `size` tokens."""
+        tokens = _CHUNK if size > _MOST_DECODED else size
+        return block_widths(tokens, self.moe.experts_per_token, self.moe.num_experts)
+
+    def _dispatch(self, tokens: int, size: int, first: int, experts: int) -> Dispatch:
+        """`size` tokens for each of some experts of a group, from the first on, round."""
+        owner = (first + np.arange(tokens, dtype=np.int32) // size) % self.group
+        valid = jnp.arange(tokens) < experts * size
+        return dispatch(jnp.asarray(owner[:, None]), valid, self.group, self._widths(size))
 
     def _run_resident(
         self,
         experts: tuple[Expert, ...] | ExpertBank,
-        blocks: Float[Array, "blocks embed rows"],
+        columns: Float[Array, "embed columns"],
         where: Dispatch,
-    ) -> Float[Array, "blocks embed rows"]:
+    ) -> Float[Array, "embed columns"]:
         address = jnp.arange(self.group, dtype=jnp.int32)
         mode = jnp.full(self.group, Mode.RESIDENT.value, jnp.int32)
         layer = LayerExperts(experts, (), address)
-        return run_experts(layer, blocks, where, mode, self.activation)
+        return run_experts(layer, columns, where, mode, self.activation)
 
     def _run_on_host(
         self,
         experts: tuple[Expert, ...],
-        blocks: Float[Array, "blocks embed rows"],
+        columns: Float[Array, "embed columns"],
         where: Dispatch,
-    ) -> Float[Array, "blocks embed rows"]:
+    ) -> Float[Array, "embed columns"]:
         mode = jnp.full(self.group, Mode.HOST.value, jnp.int32)
-        return run_on_host(experts, blocks, where, mode, 0, self.activation)
+        return run_on_host(experts, columns, where, mode, 0, self.activation)
 
 
 def _disagreements(probe: Callable[[], float], expected: float) -> list[float]:

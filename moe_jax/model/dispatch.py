@@ -1,14 +1,16 @@
-"""Brings tokens into expert order, in blocks of rows that each belong to one expert, and back.
+"""Brings tokens into expert order, as columns in blocks that each belong to one expert, and back.
 
-Blocks have a fixed number of rows, so every expert's share is computed by the same small program,
-run as often as the counts ask for. Knows nothing about where an expert lives.
+A block has one of a few static widths, so every expert's share is computed by the same few small
+programs, run as often as the counts ask for: as many blocks of the largest width as it fills, and
+one of the smallest width that holds the rest. Knows nothing about where an expert lives.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -20,87 +22,128 @@ class Dispatch:
 
     Attributes:
       counts: tokens of each expert.
+      used: columns of each expert's blocks, which follow one another.
       first_block: each expert's first block; its blocks follow one another.
       block_expert: the expert of each block; past the last used block it is `experts`.
-      source: the token in each row of each block; `tokens`, one past the end, in empty rows.
-      position: where each token's choices went, as an index over all rows of all blocks;
-        one past the end for padding tokens.
+      block_start: the first column of each block.
+      block_width: the width of each block, as an index into `widths`.
+      source: the token in each column; `tokens`, one past the end, in empty columns.
+      position: the column of each token's choices; one past the end for padding tokens.
+      widths: how many columns a block may have, rising; there is room behind the last block for
+        one of the largest width.
     """
 
     counts: Int[Array, " experts"]
+    used: Int[Array, " experts"]
     first_block: Int[Array, " experts"]
     block_expert: Int[Array, " blocks"]
-    source: Int[Array, "blocks rows"]
+    block_start: Int[Array, " blocks"]
+    block_width: Int[Array, " blocks"]
+    source: Int[Array, " columns"]
     position: Int[Array, "tokens choices"]
+    widths: tuple[int, ...] = field(metadata={"static": True})
 
 
-def rows_per_block(tokens: int, choices: int, experts: int) -> int:
-    """Rows in a block: about half of an expert's expected share, between 1 and 64."""
-    share = max(1, tokens * choices // experts)
-    return min(64, tokens, max(16, 1 << (share.bit_length() - 1)))
+def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
+    """The widths of blocks in a step of this many tokens; rising.
+
+    XLA:CPU multiplies up to four columns in a way of its own, and more of them sixteen at a time;
+    from a few hundred on, a column costs no less in a wider block. Each width of each expert is
+    compiled, so layers of many experts make do with few.
+    """
+    if tokens <= 4:
+        return (tokens,)
+    if tokens <= 16:
+        return (4, tokens) if experts <= 16 else (4,)
+    share = 1 << max(16, tokens * choices // experts).bit_length() - 1
+    if experts <= 16:
+        step = max(16, share // 4)
+        widths = range(step, 8 * step + 1, step)
+    else:
+        widths = (max(16, share // 2), share, 2 * share)
+    fitting = {min(width, tokens, 256) for width in widths}
+    return tuple(sorted(fitting))
 
 
-def num_blocks(tokens: int, choices: int, experts: int, rows: int) -> int:
+def num_blocks(tokens: int, choices: int, experts: int, widths: tuple[int, ...]) -> int:
     """The most blocks any routing can need."""
     pairs = tokens * choices
-    return min(pairs, pairs // rows + min(experts, pairs))
+    return min(pairs, pairs // widths[-1] + min(experts, pairs))
+
+
+def num_columns(tokens: int, choices: int, experts: int, widths: tuple[int, ...]) -> int:
+    """The most columns that the blocks of any routing can have, and room for one block more."""
+    pairs = tokens * choices
+    unused = int(np.diff([0, *widths]).max()) - 1
+    return pairs + min(experts, pairs) * unused + widths[-1]
 
 
 def dispatch(
-    experts: Int[Array, "tokens choices"], valid: Bool[Array, " tokens"], num_experts: int
+    experts: Int[Array, "tokens choices"],
+    valid: Bool[Array, " tokens"],
+    num_experts: int,
+    widths: tuple[int, ...],
 ) -> Dispatch:
-    """Assigns every (valid token, choice) pair a row in a block of its expert.
+    """Assigns every (valid token, choice) pair a column in a block of its expert.
 
     Token order is kept inside an expert, so results do not depend on how a batch was put together.
     """
     tokens, choices = experts.shape
-    rows = rows_per_block(tokens, choices, num_experts)
-    blocks = num_blocks(tokens, choices, num_experts, rows)
-    pairs = tokens * choices
+    blocks = num_blocks(tokens, choices, num_experts, widths)
+    columns = num_columns(tokens, choices, num_experts, widths)
+    pairs, largest = tokens * choices, widths[-1]
     flat = jnp.where(valid[:, None], experts, num_experts).reshape(pairs)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=num_experts)
-    used = (counts + rows - 1) // rows
-    last_block = jnp.cumsum(used)
-    first_block = last_block - used
-    # Rank of a pair inside its expert, then its row: the expert's first row plus that rank.
+    full, rest = counts // largest, counts % largest
+    width_of = jnp.asarray(widths, jnp.int32)
+    last_width = (rest[:, None] > width_of[None, :]).sum(axis=1, dtype=jnp.int32)
+    used_blocks = full + (rest > 0).astype(jnp.int32)
+    used = full * largest + jnp.where(rest > 0, width_of[last_width], 0)
+    last_block = jnp.cumsum(used_blocks)
+    first_block, first_column = last_block - used_blocks, jnp.cumsum(used) - used
+    # Rank of a pair inside its expert, then its column: the expert's first one plus that rank.
     sorted_expert = flat[order]
     start = jnp.append(jnp.cumsum(counts) - counts, jnp.int32(0))[sorted_expert]
-    first_row = jnp.append(first_block * rows, jnp.int32(blocks * rows))[sorted_expert]
-    row = jnp.where(
-        sorted_expert < num_experts,
-        first_row + jnp.arange(pairs, dtype=jnp.int32) - start,
-        blocks * rows,
-    )
+    first = jnp.append(first_column, jnp.int32(columns))[sorted_expert]
+    rank = jnp.arange(pairs, dtype=jnp.int32) - start
+    column = jnp.where(sorted_expert < num_experts, first + rank, columns)
     token = (order // choices).astype(jnp.int32)
-    source = jnp.full(blocks * rows, tokens, jnp.int32).at[row].set(token, mode="drop")
-    position = jnp.zeros(pairs, jnp.int32).at[order].set(row)
-    block_expert = (last_block[None, :] <= jnp.arange(blocks)[:, None]).sum(axis=1)
+    source = jnp.full(columns, tokens, jnp.int32).at[column].set(token, mode="drop")
+    position = jnp.zeros(pairs, jnp.int32).at[order].set(column)
+    block = jnp.arange(blocks, dtype=jnp.int32)
+    block_expert = (last_block[None, :] <= block[:, None]).sum(axis=1).astype(jnp.int32)
+    owner = jnp.minimum(block_expert, num_experts - 1)
+    rank = block - first_block[owner]
     return Dispatch(
         counts=counts,
+        used=used,
         first_block=first_block,
-        block_expert=block_expert.astype(jnp.int32),
-        source=source.reshape(blocks, rows),
+        block_expert=block_expert,
+        block_start=first_column[owner] + rank * largest,
+        block_width=jnp.where(rank < full[owner], len(widths) - 1, last_width[owner]),
+        source=source,
         position=position.reshape(tokens, choices),
+        widths=widths,
     )
 
 
-def gather_blocks(
+def gather_columns(
     x: Float[Array, "tokens embed"], where: Dispatch
-) -> Float[Array, "blocks embed rows"]:
-    """Copies each block's tokens together, one token per column; empty columns are 0."""
-    return x.at[where.source].get(mode="fill", fill_value=0).swapaxes(1, 2)
+) -> Float[Array, "embed columns"]:
+    """Copies tokens into expert order, one per column; empty columns are 0."""
+    return x.at[where.source].get(mode="fill", fill_value=0).T
 
 
 def combine(
-    blocks: Float[Array, "blocks embed rows"],
+    columns: Float[Array, "embed columns"],
     gates: Float[Array, "tokens choices"],
     where: Dispatch,
 ) -> Float[Array, "tokens embed"]:
     """Sums each token's expert outputs, weighted by its gates, in choice order; float32."""
-    flat = blocks.swapaxes(1, 2).reshape(-1, blocks.shape[1])
-    total = jnp.zeros((gates.shape[0], flat.shape[1]), jnp.float32)
+    rows = columns.T
+    total = jnp.zeros((gates.shape[0], rows.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
-        rows = flat.at[where.position[:, choice]].get(mode="fill", fill_value=0)
-        total += gates[:, choice, None] * rows
+        chosen = rows.at[where.position[:, choice]].get(mode="fill", fill_value=0)
+        total += gates[:, choice, None] * chosen
     return total

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from host_offload.host_compute import as_device, as_host, on_host
+from host_offload.host_compute import as_host, on_host
 from moe_jax.config import Activation
+from moe_jax.model.blocks import run_blocks
 from moe_jax.model.dispatch import Dispatch
 from moe_jax.model.ops import activate, gated_ffn
+from moe_jax.model.streamed import run_streamed
 from moe_jax.placement.planner import Mode
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -64,34 +66,37 @@ class LayerExperts:
 
 def run_experts(
     experts: LayerExperts,
-    blocks: Float[Array, "blocks embed rows"],
+    columns: Float[Array, "embed columns"],
     where: Dispatch,
     mode: Int[Array, " experts"],
     activation: Activation,
-) -> Float[Array, "blocks embed rows"]:
-    """Computes every block by its expert, in the way `mode` (by address) says; float32.
+) -> Float[Array, "embed columns"]:
+    """Computes every column by its expert, in the way `mode` (by address) says; float32.
 
-    `where` is in addresses. Blocks that no expert owns are 0.
+    `where` is in addresses. Columns that no expert owns are 0.
     """
     ffn = functools.partial(_apply, activation)
     # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
-    output = jnp.zeros(blocks.shape, jnp.float32)
+    output = jnp.zeros(columns.shape, jnp.float32)
     slots = experts.slots
     if isinstance(experts.resident, ExpertBank):
-        output = _run_bank(experts.resident, blocks, where, activation)
+        output = _run_bank(experts.resident, columns, where, activation)
     elif slots:
-        output = _run_resident(experts.resident, blocks, where, ffn, output)
+        used = (where.block_expert < slots).sum(dtype=jnp.int32)  # theirs come first
+        every = jnp.arange(where.block_expert.shape[0], dtype=jnp.int32)
+        output = run_blocks(ffn, experts.resident, columns, where, 0, every, 0, used, output)
     if not experts.host:
         return output
     missing_mode = mode[slots:]
-    hosted = run_on_host(experts.host, blocks, where, missing_mode, slots, activation)
-    output = _run_streamed(experts.host, blocks, where, missing_mode, slots, ffn, output)
+    hosted = run_on_host(experts.host, columns, where, missing_mode, slots, activation)
+    streamed, count = _selected(missing_mode == Mode.STREAM)
+    output = run_streamed(ffn, experts.host, columns, where, streamed, count, slots, output)
     # The barrier keeps the device work out of the addition, where it would wait for the host.
     return lax.optimization_barrier(output) + hosted
 
 
-def _apply(activation: Activation, expert: Expert, x: Array) -> Array:
-    return gated_ffn(expert.gate_up, expert.down, x, activation)
+def _apply(activation: Activation, expert: Expert, columns: Array) -> Array:
+    return gated_ffn(expert.gate_up, expert.down, columns, activation)
 
 
 def _selected(chosen: Array) -> tuple[Array, Array]:
@@ -100,44 +105,30 @@ def _selected(chosen: Array) -> tuple[Array, Array]:
     return indices.astype(jnp.int32), chosen.sum(dtype=jnp.int32)
 
 
-def _run_resident(resident, blocks, where, ffn, output):
-    """Runs the blocks of resident experts, whose blocks come first."""
-    branches = [functools.partial(ffn, expert) for expert in resident]
-    count = (where.block_expert < len(resident)).sum(dtype=jnp.int32)
-
-    def run(block, output):
-        y = lax.switch(where.block_expert[block], branches, blocks[block])
-        return lax.dynamic_update_index_in_dim(output, y, block, 0)
-
-    return lax.fori_loop(0, count, run, output)
-
-
-def _run_bank(bank, blocks, where, activation):
-    """Runs the blocks of resident experts as grouped products over the bank."""
+def _run_bank(bank, columns, where, activation):
+    """Runs the resident experts, whose columns come first, as grouped products over the bank."""
     slots = bank.gate_up.shape[0]
-    count, embed, rows = blocks.shape
-    used = (where.counts[:slots] + rows - 1) // rows * rows
-    flat = blocks.swapaxes(1, 2).reshape(-1, embed)
+    used, rows = where.used[:slots], columns.T
     if activation == "silu":
-        hidden = grouped_matmul(flat, bank.gate_up, used, gated=True)
+        hidden = grouped_matmul(rows, bank.gate_up, used, gated=True)
     else:
-        gate, up = jnp.split(grouped_matmul(flat, bank.gate_up, used), 2, axis=1)
+        gate, up = jnp.split(grouped_matmul(rows, bank.gate_up, used), 2, axis=1)
         hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    down = grouped_matmul(hidden.astype(flat.dtype), bank.down, used)
-    return down.reshape(count, rows, embed).swapaxes(1, 2).astype(jnp.float32)
+    down = grouped_matmul(hidden.astype(rows.dtype), bank.down, used)
+    return down.T.astype(jnp.float32)
 
 
 def run_on_host(
     host: tuple[Expert, ...],
-    blocks: Float[Array, "blocks embed rows"],
+    columns: Float[Array, "embed columns"],
     where: Dispatch,
     mode: Int[Array, " missing"],
     slots: int,
     activation: Activation,
-) -> Float[Array, "blocks embed rows"]:
-    """Runs the blocks of the experts in mode HOST, all in one host computation; float32.
+) -> Float[Array, "embed columns"]:
+    """Runs the experts in mode HOST, all in one host computation; float32.
 
-    `where` is in addresses; `host` and `mode` begin at address `slots`. Other blocks are 0.
+    `where` is in addresses; `host` and `mode` begin at address `slots`. Other columns are 0.
     """
     ffn = functools.partial(_apply, activation)
     block_mode = mode.at[where.block_expert - slots].get(
@@ -145,45 +136,10 @@ def run_on_host(
     )
     chosen, count = _selected(block_mode == Mode.HOST)
 
-    def body(host, blocks, chosen, count, block_expert):
-        blocks = as_host(blocks)
-        branches = [functools.partial(ffn, expert) for expert in host]
-
-        def run(i, output):
-            block = chosen[i]
-            x = lax.dynamic_index_in_dim(blocks, block, keepdims=False)
-            y = lax.switch(block_expert[block] - slots, branches, x)
-            return lax.dynamic_update_index_in_dim(output, y, block, 0)
-
+    def body(host, columns, where, chosen, count):
+        columns = as_host(columns)
         # Not zeros: an array made from nothing would be device-typed.
-        return lax.fori_loop(0, count, run, blocks.astype(jnp.float32) * 0)
+        output = columns.astype(jnp.float32) * 0
+        return run_blocks(ffn, host, columns, where, slots, chosen, 0, count, output)
 
-    return on_host(body, host, blocks, chosen, count, where.block_expert)
-
-
-def _run_streamed(host, blocks, where, mode, slots, ffn, output):
-    """Brings the experts in mode STREAM over, fetching one while the one before computes."""
-    rows = blocks.shape[2]
-    chosen, count = _selected(mode == Mode.STREAM)
-    fetches = [functools.partial(as_device, expert) for expert in host]
-
-    def run_expert(i, carry):
-        expert, output = carry
-        # After the last expert nothing is fetched.
-        following_index = jnp.where(i + 1 < count, jnp.roll(chosen, -1)[i], len(host))
-        following = lax.switch(following_index, [*fetches, lambda: expert])
-        address = chosen[i] + slots
-        first = where.first_block[address]
-        used = (where.counts[address] + rows - 1) // rows
-
-        def run_block(block, output):
-            y = ffn(expert, blocks[block])
-            return lax.dynamic_update_index_in_dim(output, y, block, 0)
-
-        return following, lax.fori_loop(first, first + used, run_block, output)
-
-    def run_all(output):
-        first_expert = lax.switch(chosen[0], fetches)
-        return lax.fori_loop(0, count, run_expert, (first_expert, output))[1]
-
-    return lax.cond(count > 0, run_all, lambda output: output, output)
+    return on_host(body, host, columns, where, chosen, count)

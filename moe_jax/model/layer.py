@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from moe_jax.cache.paged_kv import LayerKv, write_kv
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import project_output, project_qkv
-from moe_jax.model.dispatch import combine, dispatch, gather_blocks
+from moe_jax.model.dispatch import block_widths, combine, dispatch, gather_columns
 from moe_jax.model.experts import LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
 from moe_jax.model.router import route
@@ -80,20 +80,22 @@ def mix_experts(
     """
     assert weights.router is not None, "a dense layer was given experts"
     gates, chosen, _ = route(weights.router[...], x, config.moe)
-    where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts)
+    widths = block_widths(*chosen.shape, config.moe.num_experts)
+    where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts, widths)
     resident = jnp.arange(config.moe.num_experts) < experts.slots
     plan = planner(where.counts, resident, curves)
     missing = jnp.where(plan.mode == Mode.STREAM, Mode.STREAM.value, Mode.HOST.value)
     mode = jnp.where(resident, Mode.RESIDENT.value, missing)
     mode = jnp.where(where.counts > 0, mode, Mode.IDLE.value).astype(jnp.int32)
-    blocks = gather_blocks(x, where)
-    blocks = run_experts(experts, blocks, where, mode, config.activation)
-    y = combine(blocks, gates, where).astype(x.dtype)
+    columns = gather_columns(x, where)
+    columns = run_experts(experts, columns, where, mode, config.activation)
+    y = combine(columns, gates, where).astype(x.dtype)
     if weights.shared is not None:
         y = y + shared_expert(weights.shared, x, config)
     routed = jnp.where(step.valid[:, None], gates.astype(jnp.float32), 0)
     by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(routed)
-    tally = tally.after_experts(replace(plan, mode=mode), where.counts[experts.address], by_expert)
+    plan = replace(plan, mode=mode[experts.address])
+    tally = tally.after_experts(plan, where.counts[experts.address], by_expert)
     return y, tally
 
 

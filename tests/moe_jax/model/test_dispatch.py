@@ -6,12 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.model.dispatch import combine, dispatch, gather_blocks, num_blocks, rows_per_block
+from moe_jax.model.dispatch import (
+    block_widths,
+    combine,
+    dispatch,
+    gather_columns,
+    num_blocks,
+    num_columns,
+)
 
 
 def draw_choices(seed, tokens, choices, experts):
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).astype(np.int32)
+
+
+def blocks_of(where):
+    """(expert, first column, width) of every used block."""
+    widths = np.asarray(where.widths)[np.asarray(where.block_width)].tolist()
+    rows = zip(where.block_expert.tolist(), where.block_start.tolist(), widths, strict=True)
+    return [row for row in rows if row[0] < where.counts.size]
 
 
 @given(
@@ -28,10 +42,14 @@ def test_every_pair_is_weighted_by_its_expert(seed, tokens, shape, padding):
     gates = rng.random((tokens, choices), np.float32)
     x = rng.standard_normal((tokens, 3), np.float32)
     x[~valid] = np.nan
-    where = dispatch(jnp.asarray(chosen), jnp.asarray(valid), experts)
-    blocks = gather_blocks(jnp.asarray(x), where)
-    scale = (where.block_expert + 1).astype(jnp.float32)[:, None, None]
-    y = combine(blocks * scale, jnp.asarray(gates), where)
+    where = dispatch(
+        jnp.asarray(chosen), jnp.asarray(valid), experts, block_widths(tokens, choices, experts)
+    )
+    columns = gather_columns(jnp.asarray(x), where)
+    scale = np.zeros(columns.shape[1], np.float32)
+    for expert, start, width in blocks_of(where):
+        scale[start : start + width] = expert + 1
+    y = combine(columns * jnp.asarray(scale)[None], jnp.asarray(gates), where)
     expected = np.where(valid[:, None], np.sum(gates * (chosen + 1), axis=1)[:, None] * x, 0)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(
@@ -39,27 +57,39 @@ def test_every_pair_is_weighted_by_its_expert(seed, tokens, shape, padding):
     )
 
 
-def test_blocks_belong_to_one_expert_in_token_order():
-    chosen = jnp.asarray([[2], [0], [2], [0], [2]], jnp.int32)
-    where = dispatch(chosen, jnp.ones(5, bool), 3)
-    rows = where.source.shape[1]
-    assert where.counts.tolist() == [2, 0, 3]
-    first = where.source.reshape(-1)
-    assert first[:2].tolist() == [1, 3]
-    start = int(where.first_block[2]) * rows
-    assert first[start : start + 3].tolist() == [0, 2, 4]
+def test_an_expert_has_full_blocks_and_one_that_holds_the_rest():
+    chosen = jnp.asarray(np.repeat([[3], [0], [5]], [300, 40, 172], axis=0), jnp.int32)
+    where = dispatch(chosen, jnp.ones(512, bool), 8, tuple(range(16, 129, 16)))
+    assert where.widths == (16, 32, 48, 64, 80, 96, 112, 128)
+    assert where.counts.tolist() == [40, 0, 0, 300, 0, 172, 0, 0]
+    assert where.used.tolist() == [48, 0, 0, 128 + 128 + 48, 0, 128 + 48, 0, 0]
+    shares = [(0, 0, 48), (3, 48, 128), (3, 176, 128), (3, 304, 48), (5, 352, 128), (5, 480, 48)]
+    assert list(blocks_of(where)) == shares
+    assert where.first_block.tolist() == [0, 1, 1, 1, 4, 4, 6, 6]
+    source = where.source.tolist()
+    assert source[:48] == [*range(300, 340)] + [512] * 8  # token order, then empty columns
+    assert source[48:348] == [*range(300)]
 
 
-@pytest.mark.parametrize("experts", [8, 64, 128, 512])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 512])
-def test_block_bound_covers_the_worst_routing(tokens, experts):
-    choices = 8
-    rows = rows_per_block(tokens, choices, experts)
-    # One token more than a full block for as many experts as possible wastes the most.
-    pairs, worst = tokens * choices, 0
-    for used in range(1, min(experts, pairs) + 1):
-        counts = np.full(used, 1)
-        spare = pairs - used
-        counts[0] += min(spare, tokens - 1)
-        worst = max(worst, int(sum(-(-count // rows) for count in counts)))
-    assert worst <= num_blocks(tokens, choices, experts, rows)
+@pytest.mark.parametrize("experts", [1, 4, 8, 16, 64, 128, 512])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 32, 128, 512])
+@pytest.mark.parametrize("choices", [1, 8])
+def test_there_is_room_for_any_routing(tokens, choices, experts):
+    choices = min(choices, experts)
+    widths = block_widths(tokens, choices, experts)
+    assert list(widths) == sorted(set(widths)) and widths[-1] <= tokens
+    gap = np.diff([0, *widths]).max()
+    # Every expert but one gets what leaves most of its last block unused, and one gets the rest.
+    worst_width = widths[int(np.diff([0, *widths]).argmax())]
+    for wasteful in (1, worst_width - gap + 1):
+        pairs, used, blocks, taken = tokens * choices, 0, 0, 0
+        for _ in range(experts):
+            count = min(wasteful, pairs - taken, tokens)
+            taken += count
+            full, rest = divmod(count, widths[-1])
+            last = next(width for width in (0, *widths) if width >= rest)
+            used, blocks = used + full * widths[-1] + last, blocks + full + (rest > 0)
+        rest = pairs - taken
+        used, blocks = used + rest, blocks + rest // widths[-1]
+        assert blocks <= num_blocks(tokens, choices, experts, widths)
+        assert used + widths[-1] <= num_columns(tokens, choices, experts, widths)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from host_offload.memory import sharding
-from moe_jax.model.dispatch import dispatch, gather_blocks
+from moe_jax.model.dispatch import block_widths, dispatch, gather_columns
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn_rows
 from moe_jax.placement.planner import Mode
@@ -30,9 +30,9 @@ def make_experts(slots, bank, dtype="float32"):
 
 
 def run(experts, x, chosen, mode):
-    where = dispatch(chosen, jnp.ones(x.shape[0], bool), EXPERTS)
-    blocks = gather_blocks(x, where)
-    return run_experts(experts, blocks, where, mode, "silu"), where
+    where = dispatch(chosen, jnp.ones(x.shape[0], bool), EXPERTS, block_widths(*chosen.shape, EXPERTS))
+    columns = gather_columns(x, where)
+    return run_experts(experts, columns, where, mode, "silu"), where
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
@@ -50,11 +50,11 @@ def test_every_placement_equals_the_plain_expert(tokens, slots, bank, missing):
         Mode.IDLE if not n else Mode.RESIDENT if e < slots else missing[e % len(missing)]
         for e, n in enumerate(counts)
     ]
-    blocks, where = jax.jit(run)(experts, x, chosen, jnp.asarray(mode, jnp.int32))
+    columns, where = jax.jit(run)(experts, x, chosen, jnp.asarray(mode, jnp.int32))
     apply = functools.partial(gated_ffn_rows, activation="silu")
-    flat = np.asarray(blocks).swapaxes(1, 2).reshape(-1, EMBED)
+    rows = np.asarray(columns).T
     for choice in range(2):
-        got = flat[np.asarray(where.position[:, choice])]
+        got = rows[np.asarray(where.position[:, choice])]
         expected = jnp.concatenate(
             [
                 apply(*map(jnp.asarray, pairs[int(chosen[t, choice])]), x[t : t + 1])
@@ -79,5 +79,5 @@ def test_experts_nobody_chose_are_never_read():
     chosen = jnp.asarray([[0, 2], [2, 0]], jnp.int32)
     mode = jnp.asarray([Mode.RESIDENT, 0, Mode.HOST, 0, 0, 0], jnp.int32)
     for way in (Mode.HOST, Mode.STREAM):
-        blocks, _ = jax.jit(run)(poisoned, x, chosen, mode.at[2].set(int(way)))
-        assert not np.isnan(blocks).any()
+        columns, _ = jax.jit(run)(poisoned, x, chosen, mode.at[2].set(int(way)))
+        assert not np.isnan(columns).any()
