@@ -2,19 +2,23 @@
 
 For every machine, model shape and trace: this project's planner under every residency policy, and
 other planners (Fiddler's rule, stream everything, host everything) with static residents. Times are
-those of the experts alone. "bound": no schedule beats it with the same residents. "oracle": that
-bound with Belady's residents. "cache": hits of the policy if every miss entered for free; "hits":
-with swaps that pay back only.
+those of the experts alone. "bound": no schedule beats it with the same residents, however experts
+are cut. "oracle": that bound with Belady's residents. "cache": hits of the policy if every miss
+entered for free; "hits": with swaps that pay back only. "pieces": missing experts are cut along ffn
+into so many, each of which is streamed or runs on the host.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.machines import MACHINES, Machine, curves_for, expert_bytes, machine_named
+from moe_jax.placement.pieces import Pieces
 from moe_jax.placement.planner import plan_layer
 from moe_jax.placement.policies import POLICIES, policy_named
 from moe_jax.placement.residency import profile_placement
@@ -31,6 +35,7 @@ from moe_jax.placement.trace import RoutingTrace, load_trace, uniform_trace, zip
 
 PLANNERS = {"plan": plan_layer, "fiddler": fiddler, "stream": stream_all, "host": host_all}
 ITEMSIZE = 2  # bfloat16
+HINDSIGHT = "static, hindsight"  # residents are those that turn out busiest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,7 @@ def parse() -> argparse.Namespace:
     add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
     add("--policies", nargs="+", default=list(POLICIES), metavar="NAME", help=f"{[*POLICIES]}")
     add("--trace", nargs="+", default=[], metavar="FILE", help="recorded traces of the models")
+    add("--pieces", nargs="+", type=int, default=[1], help="of a missing expert, for the plan (1)")
     add("--every-pair", action="store_true", help="other planners under every policy too")
     add("--steps", type=int, default=100, help="decoding steps of made-up traces")
     add("--sequences", type=int, default=1, help="sequences decoded at a time")
@@ -83,6 +89,8 @@ def parse() -> argparse.Namespace:
             policy_named(policy)
         for machine in arguments.machines:
             machine_named(machine)
+        for model, pieces in itertools.product(arguments.models, arguments.pieces):
+            curves_of(MACHINES["h200"], MODELS[model], pieces)
         arguments.recorded = {Path(path).stem: load_trace(path) for path in arguments.trace}
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -134,39 +142,71 @@ def slots_for(
     return uniform_slots(total, trace.layers, shape.experts)
 
 
-def runs(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, str], float, Simulation]]:
+def curves_of(machine: Machine, shape: Shape, pieces: int = 1) -> CostCurves:
+    """The costs of one of a model's experts, or of one piece of it."""
+    return curves_for(machine, shape.embed, shape.ffn, ITEMSIZE, pieces)
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, str | int], float, Simulation]]:
     """Labels, hit rate of the plain cache, and result of every combination."""
     for model in arguments.models:
         shape = MODELS[model]
-        size = expert_bytes(shape.embed, shape.ffn, ITEMSIZE)
+        size, counts = expert_bytes(shape.embed, shape.ffn, ITEMSIZE), {1, *arguments.pieces}
         for trace_name, trace in traces(shape, arguments).items():
             for machine_name in arguments.machines:
                 machine = machine_named(machine_name)
-                curves = curves_for(machine, shape.embed, shape.ffn, ITEMSIZE)
+                curves = curves_of(machine, shape)
                 slots = slots_for(shape, trace, machine, arguments)
-                oracle = find_oracle(trace, curves, slots)
+                cuts = {n: Pieces(count=n, curves=curves_of(machine, shape, n)) for n in counts}
+                profile = profile_placement(trace.counts.sum(0, dtype="int64"), slots)
                 common = dict(
                     expert_bytes=size,
                     most_per_step=arguments.most_per_step or trace.layers,
-                    oracle=oracle,
+                    oracle=find_oracle(trace, curves, slots),
                 )
-                labels = dict(machine=machine_name, model=model, trace=trace_name)
-                for planner, policy in pairs(arguments):
-                    cached = hit_rate(trace, cache_residents(trace, slots, policy))
-                    result = simulate(
-                        trace, curves, slots, planner=PLANNERS[planner], policy=policy, **common
+                for planner, policy, count in ways(arguments):
+                    labels: dict[str, str | int] = dict(
+                        machine=machine_name,
+                        model=model,
+                        trace=trace_name,
+                        planner=planner,
+                        pieces=count,
+                        policy=policy,
                     )
-                    yield labels | dict(planner=planner, policy=policy), cached, result
-                profile = profile_placement(trace.counts.sum(0, dtype="int64"), slots)
-                result = simulate(trace, curves, slots, policy="static", initial=profile, **common)
-                placed = labels | dict(planner="plan", policy="static, hindsight")
-                yield placed, result.hit_rate, result
+                    initial = profile if policy == HINDSIGHT else None
+                    policy = "static" if policy == HINDSIGHT else policy
+                    result = simulate(
+                        trace,
+                        curves,
+                        slots,
+                        planner=PLANNERS[planner],
+                        policy=policy,
+                        pieces=cuts[count],
+                        initial=initial,
+                        **common,
+                    )
+                    cached = hit_rate(trace, cache_residents(trace, slots, policy))
+                    yield labels, cached if initial is None else result.hit_rate, result
 
 
-def pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    chosen = [("plan", policy) for policy in arguments.policies]
+def ways(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Planner, policy and pieces of every replay of a trace."""
+    policies = [*arguments.policies, HINDSIGHT]
+    chosen = [("plan", policy, count) for count in arguments.pieces for policy in policies]
     others = arguments.policies if arguments.every_pair else ["static"]
-    return chosen + [(p, policy) for p in PLANNERS if p != "plan" for policy in others]
+    return chosen + [(p, policy, 1) for p in PLANNERS if p != "plan" for policy in others]
+
+
+def worst(records: list[dict], pieces: int, phase: str) -> str:
+    """The plan farthest from the bound, in words."""
+    keys = f"{phase}_seconds", f"{phase}_bound_seconds"
+    ratios = [
+        (row[keys[0]] / row[keys[1]], [row[key] for key in ("machine", "model", "trace", "policy")])
+        for row in records
+        if row["planner"] == "plan" and row["pieces"] == pieces and row[keys[1]]
+    ]
+    ratio, where = max(ratios, default=(1.0, ["nowhere"]))
+    return f"{phase} at most {ratio:.3f} of the bound ({', '.join(where)})"
 
 
 def main() -> None:
@@ -176,10 +216,15 @@ def main() -> None:
         if not records:
             header = [*labels, "cache", *Simulation.COLUMNS]
             print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        print(f"| {' | '.join(labels.values())} | {cached:.1%} {result}", flush=True)
+        cells = [str(label) for label in labels.values()]
+        print(f"| {' | '.join(cells)} | {cached:.1%} {result}", flush=True)
         records.append({**labels, "cache_hit_rate": cached, **result.record()})
     seconds = time.perf_counter() - start
-    print(f"\n{len(records)} replays in {seconds:.0f} s; trace of {arguments.steps} steps")
+    print()
+    for pieces in arguments.pieces:
+        decode, prefill = (worst(records, pieces, phase) for phase in ("decode", "prefill"))
+        print(f"pieces {pieces}: {decode}, {prefill}")
+    print(f"{len(records)} replays in {seconds:.0f} s; trace of {arguments.steps} steps")
     if arguments.out:
         options = {name: str(value) for name, value in vars(arguments).items()}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

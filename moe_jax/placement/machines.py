@@ -125,19 +125,25 @@ def expert_bytes(embed: int, ffn: int, itemsize: int) -> int:
     return 3 * embed * ffn * itemsize
 
 
-def curves_for(machine: Machine, embed: int, ffn: int, itemsize: int = 2) -> CostCurves:
+def curves_for(
+    machine: Machine, embed: int, ffn: int, itemsize: int = 2, pieces: int = 1
+) -> CostCurves:
     """The costs of one expert: flat as long as reading its W bytes takes longer, then linear.
 
     seconds(n) = launch + max(W / read rate, 2 P n / compute rate), P parameters, on either side;
     the host's launch is paid once per layer. Rates are `BANDWIDTH_SHARE` and `COMPUTE_SHARE` of
-    the machine's peaks.
+    the machine's peaks. With more `pieces` they are the costs of one of them, cut along ffn: W and
+    P are divided, and each piece on the device is launched for itself. The host goes from piece to
+    piece as it goes from expert to expert, at no cost.
 
-    Raises ValueError if a size is not positive.
+    Raises ValueError if a size is not positive, or ffn cannot be cut into so many equal pieces.
     """
     sizes = {"embed": embed, "ffn": ffn, "itemsize": itemsize}
     if wrong := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"{wrong}: an expert's sizes must be positive")
-    size = expert_bytes(embed, ffn, itemsize)
+    if pieces < 1 or ffn % pieces:
+        raise ValueError(f"ffn {ffn} cannot be cut into {pieces} equal pieces; choose a divisor")
+    size = expert_bytes(embed, ffn // pieces, itemsize)
     flops = 2 * size / itemsize  # of one token
 
     def bend(read: float, compute: float) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.pieces import Pieces, piece_seconds, plan_pieces
 from moe_jax.placement.planner import Mode, Planner, plan_layer
 from moe_jax.placement.policies import Policy, policy_named
 from moe_jax.placement.residency import (
@@ -25,7 +26,7 @@ from moe_jax.placement.residency import (
     swap_costs,
     warm_start,
 )
-from moe_jax.placement.rules import lp_bound, resource_seconds
+from moe_jax.placement.rules import lp_bound
 from moe_jax.placement.trace import RoutingTrace
 
 
@@ -138,6 +139,7 @@ def simulate(
     *,
     policy: str | Policy = "lfru",
     planner: Planner = plan_layer,
+    pieces: Pieces | None = None,
     expert_bytes: int = 0,
     most_per_step: int = 8,
     initial: tuple[Int[np.ndarray, " _slots"], ...] | None = None,
@@ -146,8 +148,8 @@ def simulate(
     """Replays a trace as an engine would live through it.
 
     Each step is planned with the residents it starts with. Then it is observed (a prompt seeds the
-    rates), and swaps that pay back are made: an expert that was just streamed stays for free, any
-    other is uploaded while the link idles, and what does not fit there is added to the time.
+    rates), and swaps that pay back are made: an expert that was just streamed as a whole stays for
+    free, any other is uploaded while the link idles, and what does not fit there is added.
 
     Args:
       trace: what the routers did.
@@ -155,6 +157,7 @@ def simulate(
       slots: places on the device, for each layer of the trace.
       policy: what orders the experts, by name or itself.
       planner: with the signature of `planner.plan_layer`.
+      pieces: how missing experts are cut; None: not at all.
       expert_bytes: of one expert, for the bytes reported.
       most_per_step: at most so many swaps after each step.
       initial: experts in each layer's slots at the start; None: the first ones.
@@ -167,17 +170,18 @@ def simulate(
         initial = tuple(np.arange(count) for count in slots)
     residency = start_residency(initial, trace.experts, policy)
     counts = trace.counts.astype(np.int32)
-    play = _player(planner)
+    pieces = Pieces(count=1, curves=curves) if pieces is None else pieces
     if residency.policy.moves and most_per_step > 0:
-        played = _replay(trace, counts, curves, residency, play, most_per_step)
+        play = lambda *layers: _player(planner)(*layers, curves, pieces)
+        played = _replay(trace, counts, residency, play, swap_costs(curves), most_per_step)
     else:
         fixed = np.broadcast_to(residency.resident, counts.shape)
-        seconds, _, streamed = _over_steps(planner)(counts, fixed, curves)
+        seconds, _, streamed = _over_steps(planner)(counts, fixed, curves, pieces)
         played = _Played(
             resident=fixed,
             seconds=np.asarray(seconds, np.float64).sum(1),
             exposed=np.zeros(trace.steps),
-            streams=int(np.asarray(streamed).sum()),
+            streamed=float(np.asarray(streamed, np.float64).sum()),
         )
     return Simulation(
         prefill=trace.prefill,
@@ -186,7 +190,7 @@ def simulate(
         exposed_seconds=float(played.exposed.sum()),
         oracle=oracle,
         hit_rate=_hit_rate(counts, played.resident),
-        streamed_bytes=played.streams * expert_bytes,
+        streamed_bytes=round(played.streamed * expert_bytes),
         uploaded_bytes=played.uploads * expert_bytes,
         swaps=played.swaps,
     )
@@ -285,31 +289,31 @@ class _Played:
     resident: np.ndarray
     seconds: np.ndarray
     exposed: np.ndarray
-    streams: int = 0
+    streamed: float = 0.0  # experts, in parts too
     swaps: int = 0
     uploads: int = 0
 
 
-def _replay(trace, counts, curves, residency: Residency, play, most_per_step: int) -> _Played:
+def _replay(trace, counts, residency: Residency, play, costs, most_per_step: int) -> _Played:
     """Step after step: what one does decides what the next one starts with."""
     nothing = np.zeros(trace.steps)
     played = _Played(np.empty(counts.shape, bool), nothing, nothing.copy())
-    costs = swap_costs(curves)
     for step in range(trace.steps):
         resident = played.resident[step] = residency.resident
-        seconds, idle, streamed = map(np.asarray, play(counts[step], resident, curves))
+        seconds, idle, streamed = map(np.asarray, play(counts[step], resident))
         if trace.prefill[step]:
             residency = warm_start(residency, counts[step], int(trace.tokens[step]))
         else:
             residency = observe(residency, counts[step], trace.gates[step].astype(np.float64))
         spare = float(idle.sum(dtype=np.float64))
-        swaps = propose_swaps(residency, costs, most_per_step, spare, arrived=streamed)
+        arrived = streamed == 1
+        swaps = propose_swaps(residency, costs, most_per_step, spare, arrived)
         for swap in swaps:
             residency = apply_swap(residency, swap)
-        uploads = sum(not streamed[swap.layer, swap.incoming] for swap in swaps)
+        uploads = sum(not arrived[swap.layer, swap.incoming] for swap in swaps)
         played.seconds[step] = seconds.sum(dtype=np.float64)
         played.exposed[step] = max(0.0, uploads * costs.upload - spare) if uploads else 0.0
-        played.streams += int(streamed.sum())
+        played.streamed += float(streamed.sum(dtype=np.float64))
         played.swaps += len(swaps)
         played.uploads += uploads
     return played
@@ -317,30 +321,33 @@ def _replay(trace, counts, curves, residency: Residency, play, most_per_step: in
 
 @lru_cache(maxsize=32)
 def _player(planner: Planner):
-    """(counts, resident, curves) of [layers, experts] -> seconds, idle link seconds, streamed."""
+    """(counts, resident, curves, pieces) of all layers -> seconds, idle link, streamed parts."""
 
     def play(
-        counts: Int[Array, " experts"], resident: Bool[Array, " experts"], curves: CostCurves
-    ) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, " experts"]]:
-        mode = planner(counts, resident, curves).mode
-        parts = resource_seconds(mode, counts, curves)
+        counts: Int[Array, " experts"],
+        resident: Bool[Array, " experts"],
+        curves: CostCurves,
+        pieces: Pieces,
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " experts"]]:
+        mode = plan_pieces(planner, counts, resident, curves, pieces).mode
+        parts = piece_seconds(mode, counts, resident, curves, pieces)
         seconds = parts.layer(curves)
         # An upload needs both the link and the host's memory.
         idle = jnp.maximum(0.0, seconds - jnp.maximum(parts.link, parts.memory))
-        return seconds, idle, mode == Mode.STREAM.value
+        streamed = (mode.reshape(-1, pieces.count) == Mode.STREAM).mean(1, dtype=jnp.float32)
+        return seconds, idle, streamed
 
-    return jax.jit(jax.vmap(play, in_axes=(0, 0, None)))
+    return jax.jit(jax.vmap(play, in_axes=(0, 0, None, None)))
 
 
 @lru_cache(maxsize=32)
 def _over_steps(planner: Planner):
     """`_player` over [steps, layers, experts], one step after another to save memory."""
     play = _player(planner)
-    return jax.jit(
-        lambda counts, resident, curves: jax.lax.map(
-            lambda x: play(x[0], x[1], curves), (counts, resident)
-        )
+    each = lambda counts, resident, *costs: jax.lax.map(
+        lambda step: play(*step, *costs), (counts, resident)
     )
+    return jax.jit(each)
 
 
 def _step_bounds(counts: np.ndarray, resident: np.ndarray, curves: CostCurves) -> np.ndarray:

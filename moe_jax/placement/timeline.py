@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.pieces import Pieces
 from moe_jax.placement.planner import Mode
 
 # Memory is the host's: it is read by whoever uses an expert that is not resident.
@@ -66,18 +67,21 @@ class Timeline:
 
 def make_timeline(
     counts: Int[np.ndarray, "layers experts"],
-    modes: Int[np.ndarray, "layers experts"],
+    modes: Int[np.ndarray, "layers items"],
     curves: CostCurves,
     dense_seconds: float = 0.0,
+    pieces: Pieces | None = None,
 ) -> Timeline:
     """Plays a step through.
 
     Args:
       counts: tokens routed to each expert; zero in dense layers.
-      modes: a `Mode` for each expert.
+      modes: a `Mode` for each expert, or for each piece of each expert.
       curves: costs of an expert.
       dense_seconds: what a layer takes on the device before its experts start.
+      pieces: how missing experts are cut, as `pieces.plan_pieces` has planned; None: not at all.
     """
+    pieces = Pieces(count=1, curves=curves) if pieces is None else pieces
     spans: list[Span] = []
     now = 0.0
     for layer in range(counts.shape[0]):
@@ -85,34 +89,43 @@ def make_timeline(
             end = now + dense_seconds
             spans.append(Span(lane="device", layer=layer, expert=-1, start=now, end=end))
             now = end
-        work = list(_layer(layer, now, counts[layer], modes[layer], curves))
+        work = list(_layer(layer, now, counts[layer], modes[layer], curves, pieces))
         spans += work
         now = max([now, *(span.end for span in work)])
     return Timeline(spans=tuple(spans), seconds=now)
 
 
 def _layer(
-    layer: int, start: float, counts: np.ndarray, modes: np.ndarray, curves: CostCurves
+    layer: int,
+    start: float,
+    counts: np.ndarray,
+    modes: np.ndarray,
+    curves: CostCurves,
+    pieces: Pieces,
 ) -> Iterator[Span]:
     """The spans of one layer's experts; where lanes cannot overlap, one waits for the other."""
     tokens = jnp.asarray(counts, jnp.int32)
-    device = np.asarray(curves.device_seconds(tokens))
-    host = np.asarray(curves.host_seconds(tokens))
+    resident = np.asarray(curves.device_seconds(tokens))
+    device = np.asarray(pieces.curves.device_seconds(tokens))
+    host = np.asarray(pieces.curves.host_seconds(tokens))
+    stream, memory = float(pieces.curves.stream), float(pieces.curves.memory)
 
     def span(lane: str, expert: int, begin: float, seconds: float) -> Span:
         return Span(lane=lane, layer=layer, expert=expert, start=begin, end=begin + seconds)
 
     order = np.argsort(-counts, kind="stable")
-    on_host = [int(e) for e in order if modes[e] == Mode.HOST]
-    streamed = [int(e) for e in order if modes[e] == Mode.STREAM]
+    modes = modes.reshape(-1, pieces.count)[order]
+    # Experts once for each of their pieces there, so in the order of the pieces.
+    on_host = order.repeat((modes == Mode.HOST).sum(1)).tolist()
+    streamed = order.repeat((modes == Mode.STREAM).sum(1)).tolist()
     now = start
-    for expert in (int(e) for e in order if modes[e] == Mode.RESIDENT):
-        yield span("device", expert, now, float(device[expert]))
-        now += float(device[expert])
+    for expert in order[modes[:, 0] == Mode.RESIDENT].tolist():
+        yield span("device", expert, now, float(resident[expert]))
+        now += float(resident[expert])
     link = (start if curves.link_beside > 0 else now) + float(curves.link_latency)
     for expert in streamed:
-        yield span("link", expert, link, float(curves.stream))
-        link += float(curves.stream)
+        yield span("link", expert, link, stream)
+        link += stream
         now = max(now, link)
         yield span("device", expert, now, float(device[expert]))
         now += float(device[expert])
@@ -124,6 +137,6 @@ def _layer(
         at += float(host[expert])
     at = start
     for expert in streamed + on_host:
-        if curves.memory > 0:
-            yield span("memory", expert, at, float(curves.memory))
-            at += float(curves.memory)
+        if memory > 0:
+            yield span("memory", expert, at, memory)
+            at += memory

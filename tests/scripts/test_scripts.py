@@ -42,6 +42,7 @@ def test_a_recorded_trace_can_be_simulated(tmp_path):
     # Two pieces: a prompt and 22 tokens, a prompt and 2.
     assert "26 steps (2 of prompts), 6 layers with 8 experts, top-2" in done.stdout
     small = ["--machines", "rtx4090", "--policies", "static", "lru", "--models", "mixtral-8x7b"]
+    small += ["--pieces", "1", "2"]
     done = run("simulate.py", "--steps", "5", "--trace", str(trace), "--out", str(out), *small)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]

@@ -46,6 +46,20 @@ def test_bytes_and_operations_scale_with_the_format():
     np.testing.assert_allclose(one.host_seconds(many), two.host_seconds(many), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", MACHINES)
+def test_pieces_share_bytes_and_operations_but_not_the_launch(name):
+    machine = MACHINES[name]
+    one, four = (curves_for(machine, EMBED, FFN, pieces=pieces) for pieces in (1, 4))
+    n = jnp.array([1, 3, 47, 130, 1500, 40_000])
+    np.testing.assert_allclose(4 * four.host_seconds(n), one.host_seconds(n), rtol=1e-5)
+    more = 3 * machine.device_launch
+    device = one.device_seconds(n) + more
+    np.testing.assert_allclose(4 * four.device_seconds(n), device, rtol=1e-5)
+    np.testing.assert_allclose(4 * four.stream, one.stream, rtol=1e-6)
+    np.testing.assert_allclose(4 * four.memory, one.memory, rtol=1e-6)
+    assert (four.host_launch, four.link_latency) == (one.host_launch, one.link_latency)
+
+
 def test_only_a_tpu_computes_on_the_host_beside_nothing():
     beside = {
         name: float(curves_for(machine, EMBED, FFN).host_beside)
@@ -80,3 +94,9 @@ def test_rates_and_sizes_are_checked():
     with pytest.raises(ValueError) as error:
         curves_for(MACHINES["h200"], 0, FFN)
     assert str(error.value) == "{'embed': 0}: an expert's sizes must be positive"
+    for pieces in (5, 0):
+        with pytest.raises(ValueError) as error:
+            curves_for(MACHINES["h200"], EMBED, FFN, pieces=pieces)
+        assert str(error.value) == (
+            f"ffn 14336 cannot be cut into {pieces} equal pieces; choose a divisor"
+        )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.machines import MACHINES, curves_for, expert_bytes
+from moe_jax.placement.pieces import Pieces
 from moe_jax.placement.planner import plan_layer
 from moe_jax.placement.policies import POLICIES, LeastFrequentlyUsed
 from moe_jax.placement.rules import fiddler, host_all, stream_all
@@ -200,6 +201,60 @@ def test_figures_worked_by_hand():
     # bounds: host 4 - 4 f = device 1 + f, then host 8 - 4 f = link 2 f
     np.testing.assert_allclose(result.bounds, [1.6, 8 / 3])
     assert result.record()["decode_seconds"] == 3.5
+
+
+def test_halves_worked_by_hand():
+    """As above; half an expert costs half, but 0.75 s on the device."""
+    trace = events([0, 1], [1, 2], experts=3)
+    halves = Pieces(count=2, curves=make_curves(host=2.0, device=0.75, stream=1.0))
+    given = dict(policy="static", pieces=halves, expert_bytes=10)
+    result = simulate(trace, make_curves(), (1,), **given)
+    # step 1: half of 1 streamed, 1 + 0.75 s of device, half on the host, 2 s
+    # step 2: three halves streamed, 3 + 0.75 s, one on the host
+    assert result.seconds.tolist() == [2.0, 3.75]
+    assert result.streamed_bytes == 20
+    np.testing.assert_allclose(result.bounds, [1.6, 8 / 3])  # those of whole experts
+
+
+@pytest.mark.parametrize("policy", ["static", "lru"])
+@pytest.mark.parametrize("name", MACHINES)
+def test_halves_cost_launches_at_most_and_are_not_below_the_bound(name, policy):
+    machine = MACHINES[name]
+    pieces = {n: curves_for(machine, 2048, 768, pieces=n) for n in (1, 2)}
+    given = dict(policy=policy, expert_bytes=BYTES)
+    whole, one, two = (
+        simulate(TRACE, pieces[1], SLOTS, pieces=cut, **given)
+        for cut in (None, *(Pieces(count=n, curves=c) for n, c in pieces.items()))
+    )
+    np.testing.assert_array_equal(whole.seconds, one.seconds)
+    assert (two.bounds <= two.seconds * (1 + 1e-6)).all()
+    if policy == "static":
+        np.testing.assert_array_equal(two.bounds, whole.bounds)
+        launches = whole.streamed_bytes // BYTES
+        assert two.total_seconds <= whole.total_seconds + launches * machine.device_launch
+
+
+def test_the_bound_is_what_many_small_pieces_come_to():
+    """It is not loose: where launches are free, only the size of pieces keeps plans from it."""
+    ideal = replace(MACHINES["h200"], device_launch=0.0)
+    ratios = []
+    for n in (1, 2, 4, 64):
+        pieces = Pieces(count=n, curves=curves_for(ideal, 2048, 768, pieces=n))
+        curves = curves_for(ideal, 2048, 768)
+        result = simulate(TRACE, curves, SLOTS, policy="static", pieces=pieces)
+        ratios.append(result.total_seconds / result.bounds.sum())
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 1.1 and ratios[-1] < 1.005
+
+
+def test_only_whole_experts_stay_for_free():
+    trace = events([0], *(9 * [[2]]), experts=3)
+    curves = make_curves(host=100.0, device=0.0, stream=100.0)
+    halves = Pieces(count=2, curves=make_curves(host=50.0, device=0.0, stream=50.0))
+    result = simulate(trace, curves, (2,), policy="lru", pieces=halves, expert_bytes=10)
+    # Half of it comes over the link each time, and is no expert; later it pays to bring it.
+    assert result.seconds[1] == 50.0
+    assert (result.swaps, result.uploaded_bytes) == (1, 10)
 
 
 def test_uploads_beyond_the_idle_link_cost_time():

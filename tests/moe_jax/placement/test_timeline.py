@@ -1,10 +1,13 @@
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.pieces import Pieces, plan_pieces
 from moe_jax.placement.planner import Mode, plan_layer, plan_layers
 from moe_jax.placement.rules import fiddler, host_all, stream_all
 from moe_jax.placement.timeline import LANES, make_timeline
@@ -47,6 +50,25 @@ def test_a_layer_ends_when_its_planner_says(planner, beside):
     np.testing.assert_allclose(ends, plans.predicted, rtol=1e-6)
     whole = make_timeline(counts, modes, curves, dense_seconds=4.0)
     assert whole.seconds == pytest.approx(float(plans.predicted.sum()) + 4 * LAYERS)
+
+
+@pytest.mark.parametrize("beside", [(1, 1), (0, 1), (0, 0)], ids=["gpu", "tpu", "cpu"])
+def test_a_layer_of_cut_experts_ends_when_its_plan_says(beside):
+    counts, resident = draw()
+    curves = make_curves(beside)
+    costs = dict(host=curves.host / 2, stream=jnp.float32(2.5), memory=jnp.float32(0.75))
+    pieces = Pieces(count=2, curves=make_curves(beside, **costs))
+    plan = jax.jit(jax.vmap(functools.partial(plan_pieces, plan_layer), (0, 0, None, None)))
+    plans = plan(counts, resident, curves, pieces)
+    modes = np.asarray(plans.mode)
+    both = (modes == Mode.STREAM).reshape(LAYERS, EXPERTS, 2).sum(-1) == 1
+    assert both.any() == (beside == (1, 1))  # what waits for the other gains nothing
+    for i in range(LAYERS):
+        layer = make_timeline(counts[i : i + 1], modes[i : i + 1], curves, pieces=pieces)
+        assert layer.seconds == pytest.approx(float(plans.predicted[i]))
+        lanes = {(s.lane, s.expert) for s in layer.spans}
+        for expert in np.flatnonzero(both[i]):
+            assert {("device", expert), ("link", expert), ("host", expert)} <= lanes
 
 
 @pytest.mark.parametrize("beside", [(1, 1), (0, 1), (0, 0)], ids=["gpu", "tpu", "cpu"])
