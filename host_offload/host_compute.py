@@ -15,8 +15,10 @@ from jax.experimental import compute_on as _compute_on
 _offload: Any = getattr(_compute_on, "compute_on2", None) or vars(_compute_on)["compute_on"]
 
 
-def compiler_options() -> dict[str, bool | int | str]:
+def compiler_options(backend: str | None = None) -> dict[str, bool | int | str]:
     """What an outermost jit that reads weights and may compute on the host is compiled with.
+
+    `backend` is what it is compiled for; None: the default one.
 
     Host loops use the full width of a processor with 512-bit vectors and may reorder sums, without
     which a sum over a row of a weight is not vectorised; everything else that goes by the name of
@@ -24,7 +26,8 @@ def compiler_options() -> dict[str, bool | int | str]:
     runs on a single thread, unless that pass is off. On a GPU, device work would otherwise be
     scheduled before the host call, not beside it.
     """
-    if jax.default_backend() == "tpu":
+    backend = jax.default_backend() if backend is None else backend
+    if backend == "tpu":
         return {}
     host = {
         "xla_cpu_prefer_vector_width": 512,
@@ -35,8 +38,13 @@ def compiler_options() -> dict[str, bool | int | str]:
         "xla_cpu_fast_math_honor_functions": True,
         "xla_disable_hlo_passes": "small-while-loop-hoisting",
     }
-    if jax.default_backend() == "gpu":
-        return host | {"xla_gpu_enable_latency_hiding_scheduler": True}
+    if backend == "gpu":
+        return host | {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            # A host call counts as one asynchronous operation, and each fetch as another: with
+            # the default limit of 2, no fetch of two arrays is scheduled beside a host call.
+            "xla_gpu_experimental_parallel_async_compute_limit": 4,
+        }
     return host
 
 

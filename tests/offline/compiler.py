@@ -126,17 +126,102 @@ def kernels(compiled: Compiled) -> list[str]:
     )
 
 
-def host_calls(compiled: Compiled) -> list[tuple[list[str], list[str]]]:
-    """Of every host computation: the types of its operands, and the work scheduled beside it."""
-    no_work = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a program: its result's type as text, what it does, and whose results it uses."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def works(self) -> bool:
+        """Whether the device does something, beyond naming what is there or waiting for it."""
+        return self.opcode not in _NO_WORK and not self.opcode.endswith("-done")
+
+
+_NO_WORK = {"bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "tuple"}
+
+
+def computations(compiled: Compiled) -> dict[str, list[Instruction]]:
+    """The computations that the device runs, as scheduled; fused ones are among them."""
+    found = {}
+    for head, name, body in re.findall(
+        r"(?ms)^((?:ENTRY )?%([\w.-]+) \([^\n]*\{)$\n(.*?)^\}", compiled.text
+    ):
+        if 'execution_thread="host"' not in head:
+            lines = re.findall(r"(?m)^ +(?:ROOT )?%([\w.-]+) = (.+?) ([\w-]+)\((.*)$", body)
+            found[name] = [
+                Instruction(name, kind, opcode, _operands(rest), rest)
+                for name, kind, opcode, rest in lines
+            ]
+    return found
+
+
+def _operands(rest: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"%([\w.-]+)", rest.split(")")[0]))
+
+
+def _until_done(start: int, lines: list[Instruction]) -> list[Instruction]:
+    """What is scheduled between an asynchronous start and the first use of it, its done."""
+    name = lines[start].name
+    done = next((i for i, line in enumerate(lines) if name in line.operands), start)
+    return [line for line in lines[start + 1 : done] if line.works]
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """A host computation: what it is given, and the work scheduled beside it."""
+
+    operands: list[Instruction]
+    beside: list[Instruction]
+
+
+def host_calls(compiled: Compiled) -> list[HostCall]:
+    """Every host computation of a program."""
     calls = []
-    for block in compiled.text.split("\n}"):
-        lines = re.findall(r"(?m)^ +(?:ROOT )?%([\w.-]+) = (.+?) ([\w-]+)\((.*)$", block)
-        types = {name: kind for name, kind, _, _ in lines}
-        for at, (name, _, _, rest) in enumerate(lines):
-            if 'custom_call_target="HostExecute"' in rest:
-                operands = [types[n] for n in re.findall(r"%([\w.-]+)", rest.split(")")[0])]
-                done = next((i for i, x in enumerate(lines) if x[3].startswith(f"%{name})")), at)
-                beside = [n for n, _, opcode, _ in lines[at + 1 : done] if opcode not in no_work]
-                calls.append((operands, beside))
+    for lines in computations(compiled).values():
+        by_name = {line.name: line for line in lines}
+        calls += [
+            HostCall([by_name[name] for name in line.operands], _until_done(at, lines))
+            for at, line in enumerate(lines)
+            if 'custom_call_target="HostExecute"' in line.text
+        ]
     return calls
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A copy of an array from host to device memory.
+
+    Attributes:
+      beside: the work scheduled between its start and its done, other fetches apart.
+      reads: the types of the arrays that this work reads.
+    """
+
+    beside: list[Instruction]
+    reads: list[str]
+
+
+def fetches(compiled: Compiled) -> list[Fetch]:
+    """Every copy from host to device memory, wherever it stands in a program."""
+    found = []
+    for lines in computations(compiled).values():
+        by_name = {line.name: line for line in lines}
+
+        def origin(name: str, by_name: dict[str, Instruction] = by_name) -> Instruction:
+            line = by_name[name]
+            return origin(line.operands[0], by_name) if line.opcode == "bitcast" else line
+
+        begun = [
+            line.opcode == "copy-start" and "S(5)" in origin(line.operands[0]).type
+            for line in lines
+        ]
+        names = {line.name for line, is_fetch in zip(lines, begun, strict=True) if is_fetch}
+        for at in (i for i, is_fetch in enumerate(begun) if is_fetch):
+            beside = [line for line in _until_done(at, lines) if line.name not in names]
+            reads = [origin(name).type for line in beside for name in line.operands]
+            found.append(Fetch(beside, reads))
+    return found

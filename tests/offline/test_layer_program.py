@@ -1,5 +1,7 @@
 """The layer program as compiled for accelerators: weights in place, host work beside it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,6 +10,7 @@ from flax import nnx
 pytest.importorskip("libtpu")
 pytest.importorskip("jax_plugins.xla_cuda13")
 
+from host_offload.host_compute import compiler_options
 from moe_jax.cache.paged_kv import LayerKv, storage_heads
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
@@ -16,7 +19,14 @@ from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.model.weights import LayerWeights
 from moe_jax.placement.curves import CostCurves
-from tests.offline.compiler import array, compile_for, host_calls, kernels
+from tests.offline.compiler import (
+    array,
+    compile_for,
+    computations,
+    fetches,
+    host_calls,
+    kernels,
+)
 
 pytestmark = pytest.mark.offline
 
@@ -87,7 +97,7 @@ def compile_layer(target, tokens, slots, **flags):
         LayerKv(pages, pages),
         Tally(
             layer=array((), i32),
-            experts_by_mode=array((4,), i32),
+            modes=array((1, EXPERTS), i32),
             predicted=scalar,
             counts=array((1, EXPERTS), i32),
             gates=array((1, EXPERTS), f32),
@@ -96,24 +106,72 @@ def compile_layer(target, tokens, slots, **flags):
     return compile_for(target, layer, parameters, experts, kv, x, step, curves, tally, **flags)
 
 
-@pytest.mark.parametrize("tokens", [1, 128])
-@pytest.mark.parametrize("slots", [0, 4])
-def test_host_weights_stay_in_place_and_device_work_runs_beside_the_host(
-    tokens, slots, monkeypatch
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    compiled = compile_layer("h200", tokens, slots, xla_gpu_enable_latency_hiding_scheduler=True)
-    ((operands, beside),) = host_calls(compiled)
-    assert sum("S(5)" in operand for operand in operands) == 2 * (EXPERTS - slots)
-    assert beside
+WEIGHTS = tuple(f"bf16[{rows},{columns}]" for rows, columns in CONFIG.expert_shapes)
+EXPERT_BYTES = 2 * sum(rows * columns for rows, columns in CONFIG.expert_shapes)
+
+
+@functools.cache
+def layer_program(target, tokens, slots):
+    """The optimised program; `slots` of its 8 experts are resident."""
+    backend = {"h200": "gpu", "v5e": "tpu"}[target]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: backend)
+        return compile_layer(target, tokens, slots, **compiler_options(backend))
+
+
+H200 = [("h200", tokens, slots) for tokens in (1, 128) for slots in (0, 4)]
+V5E = [("v5e", 1, 0), ("v5e", 128, 4)]
+on_h200 = pytest.mark.parametrize("target, tokens, slots", H200)
+on_both = pytest.mark.parametrize("target, tokens, slots", H200 + V5E)
+
+
+@on_h200
+def test_the_host_starts_before_the_work_of_the_device_and_ends_after_it(target, tokens, slots):
+    (call,) = host_calls(layer_program(target, tokens, slots))
+    opcodes = [line.opcode for line in call.beside]
+    assert opcodes.count("conditional") == 1  # everything that is streamed
+    assert opcodes.count("custom-call") == (2 if slots else 0)  # the products of residents
+
+
+@on_both
+def test_the_host_reads_weights_where_they_are(target, tokens, slots):
+    (call,) = host_calls(layer_program(target, tokens, slots))
+    weights = [line for line in call.operands if line.type.startswith(WEIGHTS)]
+    assert len(weights) == 2 * (EXPERTS - slots)
+    assert all(line.opcode == "parameter" and "S(5)" in line.type for line in weights)
+
+
+@on_both
+def test_every_fetch_but_the_first_runs_beside_the_expert_before(target, tokens, slots):
+    """An expert is fetched at three places: as the first one, and in each of two turns."""
+    every = fetches(layer_program(target, tokens, slots))
+    beside = [fetch for fetch in every if fetch.beside]
+    assert len(every) - len(beside) == 2 * (EXPERTS - slots)
+    assert len(beside) == 2 * 2 * (EXPERTS - slots)
+    for fetch in beside:
+        assert all(any(kind.startswith(weight) for kind in fetch.reads) for weight in WEIGHTS)
+
+
+@on_both
+def test_a_fetched_expert_stays_where_it_arrives(target, tokens, slots):
+    """Only the last one may be moved, by the branch that fetches nothing."""
+    moving = [
+        lines
+        for lines in computations(layer_program(target, tokens, slots)).values()
+        for line in lines
+        if line.opcode == "copy" and line.type.startswith(WEIGHTS)
+    ]
+    assert len(moving) == 2
+    assert not any(line.opcode in ("conditional", "while") for lines in moving for line in lines)
+
+
+@on_h200
+def test_two_experts_are_on_their_way_at_most(target, tokens, slots):
+    compiled = layer_program(target, tokens, slots)
+    assert compiled.temporary_bytes < 2.1 * EXPERT_BYTES + (16 << 20) * (tokens > 1)
     assert len(kernels(compiled)) >= (3 if slots else 1)
-    # At most two experts on their way over; never the bank, never all of the host's.
-    expert = 2 * sum(a * b for a, b in CONFIG.expert_shapes)
-    assert compiled.temporary_bytes < 4 * expert + (64 << 20) * (tokens > 1)
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
-def test_a_resident_layer_compiles_for_a_tpu_with_both_kernels(tokens, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    compiled = compile_layer("v5e", tokens, EXPERTS)
-    assert len(kernels(compiled)) >= 3
+def test_a_resident_layer_compiles_for_a_tpu_with_both_kernels(tokens):
+    assert len(kernels(layer_program("v5e", tokens, EXPERTS))) >= 3
