@@ -1,33 +1,33 @@
-"""Measures a model that does not fit: decode and prefill, planned and by simpler rules.
+"""Measures a model that does not fit: decode, beams and prefill, planned and by simpler rules.
 
-The ways take turns on one random checkpoint with one device budget: "plan" is this project's
-planner, "fiddler" the published rule with costs measured here, "stream" and "host" force one way
-for every expert that is not resident. Experts keep their places, so that all have the same ones.
-Stops in time with --seconds, after at least one way.
+The ways take turns on one random checkpoint with one device budget and the same tokens: "plan" is
+this project's planner, "driven" the same with layers driven from Python, "fiddler" the published
+rule with costs measured here, "stream" and "host" force one way for every expert that is not
+resident; experts keep their places, so that all have the same ones. "transformers" is Hugging Face
+Transformers, on a GPU with accelerate's offload in the same budget, else on the CPU; where it
+cannot run, the result says why. Each way is a process of its own. Stops in time with --seconds,
+after at least one way.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from kernel_bench.report import offload_table, today, versions, write_json
+from offload_bench.apart import Failure, run_apart
+from offload_bench.ways import (
+    ENGINE_WAYS,
+    WAYS,
+    Task,
+    device,
+    measure_engine,
+    measure_transformers,
+    why_not_transformers,
+)
 from random_checkpoint import SHAPES, config_of, write_checkpoint
-
-import moe_jax
-from moe_jax.placement.rules import fiddler
-
-WAYS: dict[str, dict[str, Any]] = {
-    "plan": {},
-    "host": {"missing_experts": "host"},
-    "stream": {"missing_experts": "stream"},
-    "fiddler": {"planner": fiddler},
-}
 
 
 def parse() -> argparse.Namespace:
@@ -43,50 +43,51 @@ def parse() -> argparse.Namespace:
     )
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--prefill", type=int, nargs="+", default=[512, 2048, 4096], help="prompt lengths")
-    add("--decode", type=int, default=16, help="tokens per decode run (16)")
+    add("--decode", type=int, default=16, help="tokens of each sequence in a decode run (16)")
+    add(
+        "--beams",
+        type=int,
+        nargs="*",
+        default=[4, 8, 16],
+        help="sequences decoded together, besides one alone (4 8 16)",
+    )
     add("--repeats", type=int, default=3, help="runs whose median counts (3)")
-    add("--seconds", type=float, help="begin nothing more after this time")
+    add("--seconds", type=float, help="begin nothing more, and stop what runs, after this time")
     add("--out", type=Path, help="file for the JSON result")
     return parser.parse_args()
 
 
-def measure_way(folder: Path, way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Loads the checkpoint and measures one way."""
-    engine = moe_jax.load(
-        folder,
-        device_memory=arguments.device_memory,
-        max_tokens=max(arguments.prefill) + arguments.decode + 16,
-        max_seqs=1,
-        residency="static",
-        progress=False,
-        **WAYS[way],
-    )
-    vocab = engine.config.vocab
-    prompt = np.random.default_rng(1).integers(0, vocab, max(arguments.prefill)).tolist()
+def measure_way(way: str, task: Task, platform: str, seconds: float | None) -> dict[str, Any]:
+    """Measures one way. Raises Failure if it gave no result."""
+    if way != "transformers":
+        return run_apart(measure_engine, way, task, seconds=seconds)
+    if reason := why_not_transformers(platform):
+        raise Failure(reason)
+    return run_apart(measure_transformers, task, platform, seconds=seconds)
 
-    def run(length: int, tokens: int) -> tuple[float, float]:
-        before = engine.stats
-        engine.generate(prompt[:length], max_tokens=tokens, ignore_eos=True)
-        spent = engine.stats.since(before)
-        return spent.prefill_seconds, spent.decode_seconds
 
-    def median(length: int, tokens: int, phase: int) -> float:
-        run(length, tokens)
-        return statistics.median(run(length, tokens)[phase] for _ in range(arguments.repeats))
-
-    decode = arguments.decode / median(16, arguments.decode + 1, 1)
-    prefills = {length: length / median(length, 1, 0) for length in arguments.prefill}
-    stats = engine.stats
-    return {
-        "way": way,
-        "decode_tokens_per_second": decode,
-        "predicted_tokens_per_second": engine.plan.tokens_per_second,
-        "prefill_tokens_per_second": {str(n): rate for n, rate in prefills.items()},
-        "decode_error": stats.decode_error,
-        "prefill_error": stats.prefill_error,
-        "slots": engine.plan.memory.slots,
-        "stats": str(stats),
-    }
+def measure_ways(
+    arguments: argparse.Namespace, task: Task, platform: str, result: dict[str, Any], start: float
+) -> None:
+    """Fills the result way by way, and writes it after each."""
+    slowest = 0.0
+    for way in arguments.ways:
+        begun = time.monotonic()
+        left = None
+        # The first result may take as long as it needs.
+        if arguments.seconds and result["rows"]:
+            left = arguments.seconds - (begun - start)
+        try:
+            if left is not None and left < slowest:
+                raise Failure("not begun, the time is over")
+            result["rows"].append(measure_way(way, task, platform, left))
+            slowest = max(slowest, time.monotonic() - begun)
+            print(f"{way}: {result['rows'][-1]['stats']}", flush=True)
+        except Failure as failure:
+            result["not_measured"].append({"way": way, "reason": str(failure)})
+            print(f"{way}: not measured: {failure}", flush=True)
+        if arguments.out:
+            write_json(arguments.out, result)
 
 
 def main() -> int:
@@ -98,32 +99,36 @@ def main() -> int:
     if json.loads((folder / "config.json").read_text()) != config:
         print(f"{folder} holds another checkpoint; give another folder", file=sys.stderr)
         return 2
+    platform, kind = run_apart(device)
+    task = Task(
+        folder=folder,
+        device_memory=arguments.device_memory,
+        vocab=config["vocab_size"],
+        prefill=tuple(arguments.prefill),
+        decode=arguments.decode,
+        beams=tuple(arguments.beams),
+        repeats=arguments.repeats,
+    )
     result: dict[str, Any] = {
         "date": today(),
-        "device": jax.devices()[0].device_kind,
+        "device": kind,
         "versions": versions(),
         "command": " ".join(["python", *sys.argv]),
         "shape": arguments.shape,
         "layers": arguments.layers,
         "device_memory": arguments.device_memory,
         "rows": [],
-        "skipped": [],
+        "not_measured": [],
     }
-    slowest = 0.0
-    for way in arguments.ways:
-        begun = time.monotonic()
-        late = arguments.seconds and begun - start + slowest > arguments.seconds
-        if result["rows"] and late:
-            result["skipped"].append(way)
-            print(f"{way}: skipped, the time is over", flush=True)
-            continue
-        result["rows"].append(measure_way(folder, way, arguments))
-        slowest = max(slowest, time.monotonic() - begun)
-        print(f"{way}: {result['rows'][-1]['stats']}", flush=True)
-        if arguments.out:
-            write_json(arguments.out, result)
+    measure_ways(arguments, task, platform, result, start)
     print(f"\n{offload_table(result)}")
-    return 0
+    # Time may run out, and packages may be missing; an engine that fails is something else.
+    broken = [
+        entry["way"]
+        for entry in result["not_measured"]
+        if entry["way"] in ENGINE_WAYS and "the time is over" not in entry["reason"]
+    ]
+    return 1 if broken or not result["rows"] else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Every part is a process of its own with a share of the time that is left, so that a crash or a hang
 ends only itself. Writes gpu_check.json, gpu_check.md, the tables of tiles and the tests' output
 into --out. Needs jax, flax, numpy, jaxtyping and pytest; the last part, a model that does not fit,
-needs what moe_jax needs, and 12 GB of disk for a while.
+needs what moe_jax needs, and 12 GB of disk for a while; with torch, transformers and accelerate
+it measures these too.
 """
 
 import argparse
@@ -198,6 +199,9 @@ def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
     if dry_run:
         command += ["--shape", "mixtral_0.8b", "--layers", "1", "--device-memory", "250MB"]
         command += ["--ways", "host", "--prefill", "8", "--decode", "2", "--repeats", "1"]
+        command += ["--beams", "2"]
+    else:  # what says most comes first: time may run out
+        command += ["--ways", "plan", "stream", "transformers", "host", "fiddler", "--repeats", "2"]
     parts.append(Part(name="offload", command=command, weight=4))
     return parts
 

@@ -113,23 +113,50 @@ def _benchmark_row(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def offload_table(result: Mapping[str, Any]) -> str:
-    """Returns what scripts/bench_offload.py measured as a Markdown table."""
-    rows = result["rows"]
-    lengths = list(rows[0]["prefill_tokens_per_second"])
-    head = ("way", "decode tokens/s", "predicted at load", "decode steps mispredicted by")
+    """Returns what scripts/bench_offload.py measured as a Markdown table, and what it could not."""
+    rows, missing = result["rows"], result["not_measured"]
+    first = rows[0] if rows else {"beams_tokens_per_second": {}, "prefill_tokens_per_second": {}}
+    beams, lengths = first["beams_tokens_per_second"], first["prefill_tokens_per_second"]
+    head = ["way", "decode tokens/s", "predicted at load", "decode, prefill mispredicted by"]
+    head += [f"{count} together" for count in beams] + [f"prefill {length}" for length in lengths]
     lines = (
         (
             row["way"],
-            f"{row['decode_tokens_per_second']:.2f}",
-            f"{row['predicted_tokens_per_second']:.2f}",
-            "?" if row["decode_error"] is None else f"{row['decode_error']:.0%}",
-            *(f"{row['prefill_tokens_per_second'][length]:.0f}" for length in lengths),
+            _number(row["decode_tokens_per_second"]),
+            _number(row["predicted_tokens_per_second"]),
+            f"{_share(row['decode_error'])}, {_share(row['prefill_error'])}",
+            *(_number(row["beams_tokens_per_second"][count]) for count in beams),
+            *(_number(row["prefill_tokens_per_second"][length]) for length in lengths),
         )
         for row in rows
     )
-    skipped = f"; no time for {', '.join(result['skipped'])}" if result["skipped"] else ""
-    return (
+    text = [
         f"{result['shape']} cut to {result['layers']} layers, {result['device_memory']} on the "
-        f"device, {result['device']}, {result['date']}{skipped}\n\n"
-        + markdown_table((*head, *(f"prefill {length}" for length in lengths)), lines)
-    )
+        f"device, {result['device']}, {result['date']}",
+        "",
+        markdown_table(head, lines),
+        *offload_ratios(rows),
+    ]
+    if missing:
+        text += ["", "Not measured:", ""]
+        text += [f"* {entry['way']}: {entry['reason']}" for entry in missing]
+    return "\n".join(text)
+
+
+def offload_ratios(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a line on how much faster than the other ways "plan" is, if both were measured."""
+    rates = {row["way"]: row["decode_tokens_per_second"] for row in rows}
+    plan = rates.pop("plan", None)
+    if plan is None or not rates:
+        return []
+    ratios = ", ".join(f"{plan / rate:.2f} x {way}" for way, rate in rates.items())
+    return ["", f"Decode of one sequence, plan: {ratios}."]
+
+
+def _number(value: float | None) -> str:
+    """Three digits or more; nothing where there is none."""
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0%}"
