@@ -58,9 +58,23 @@ def sharding(kind: MemoryKind, device: jax.Device | None = None) -> SingleDevice
     return SingleDeviceSharding(device or jax.devices()[0], memory_kind=kind)
 
 
-def to_host(tree):
-    """Moves a tree of arrays to pinned host memory."""
-    return jax.device_put(tree, sharding("pinned_host"))
+def host_device() -> jax.Device:
+    """The processor as a device of its own, beside the accelerator where there is one.
+
+    Raises ValueError where JAX was told to leave it out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            "JAX was started without its CPU backend; add cpu to the environment variable "
+            f"JAX_PLATFORMS, for instance JAX_PLATFORMS={jax.default_backend()},cpu"
+        ) from error
+
+
+def to_host(tree, device: jax.Device | None = None):
+    """Moves a tree of arrays to the pinned host memory of the given or first device."""
+    return jax.device_put(tree, sharding("pinned_host", device))
 
 
 def to_device(tree):

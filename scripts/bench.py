@@ -23,19 +23,29 @@ from random_checkpoint import SHAPES, bytes_per_token, config_of, write_checkpoi
 import moe_jax
 from host_offload.calibrate import measure_read_rate
 from host_offload.memory import format_bytes
+from moe_jax.engine.sizing import device_memory_for
 
 
 class Ours:
     """The engine under test."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace):
-        self.engine = moe_jax.load(
-            folder,
-            device_memory=arguments.device_memory,
-            missing_experts=arguments.missing_experts,
-            max_tokens=arguments.prefill + arguments.decode + 16,
-            max_seqs=1,
-        )
+    def __init__(self, folder: Path, arguments: argparse.Namespace, **options: Any):
+        sizes = {"max_tokens": arguments.prefill + arguments.decode + 16, "max_seqs": 1}
+        where: dict[str, Any] = {
+            "device_memory": arguments.device_memory,
+            "missing_experts": arguments.missing_experts,
+        }
+        if options:  # every expert on the host
+            nothing = device_memory_for(folder, experts=0.0, **sizes)
+            where = {"device_memory": nothing, "missing_experts": "host", **options}
+        self.engine = moe_jax.load(folder, **where, **sizes)
+
+    def bytes_per_token(self, config: dict[str, Any]) -> int:
+        """Weight bytes that one decoded token must read, experts being where they are."""
+        memory = self.engine.plan.memory
+        saved = memory.expert_bytes - memory.host_expert_bytes
+        executed = config["num_experts_per_tok"] * config["num_hidden_layers"]
+        return bytes_per_token(config) - executed * saved
 
     def prefill(self, prompt: list[int]) -> float:
         return self._seconds(prompt, 1)[0]
@@ -122,6 +132,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     short = long[:16]
     read_rates: list[float] = []
     systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
+    if arguments.int8:
+        systems |= {
+            "experts on host": Ours(folder, arguments, host_dtype=None),
+            "experts on host, int8": Ours(folder, arguments, host_dtype="int8"),
+        }
     print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
     if not arguments.skip_transformers:
         systems["transformers"] = Transformers(folder)
@@ -141,7 +156,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     stats = systems["moe_jax"].engine.stats
     rows = {}
     for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
-        achieved = needed / decode
+        own = systems[name]
+        achieved = (own.bytes_per_token(config) if isinstance(own, Ours) else needed) / decode
         rows[name] = {
             "prefill_tokens_per_second": arguments.prefill / prefill,
             "decode_tokens_per_second": 1 / decode,
@@ -199,6 +215,10 @@ def table(result: dict[str, Any]) -> str:
             )
         ]
         lines += ["", ", ".join(ratios)]
+    if eight_bit := result["rows"].get("experts on host, int8"):
+        plain = result["rows"]["experts on host"]
+        key = "decode_tokens_per_second"
+        lines += ["", f"int8 on the host: decode {eight_bit[key] / plain[key]:.2f} x bfloat16"]
     errors = [
         f"{phase} {error:.1%}"
         for phase, error in result["prediction_error"].items()
@@ -220,6 +240,7 @@ def main() -> None:
     add("--repeats", type=int, default=7, help="runs whose median counts (7)")
     add("--device-memory", help="device budget (default: everything fits)")
     add("--missing-experts", default="auto", help="auto, stream or host")
+    add("--int8", action="store_true", help="also all experts on the host, in bfloat16 and int8")
     add("--skip-transformers", action="store_true", help="measure only moe_jax")
     arguments = parser.parse_args()
     result = measure(arguments)

@@ -2,36 +2,52 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
+from jaxtyping import Int
 
 from host_offload.memory import sharding, zeros
 from moe_jax.config import ModelConfig
+from moe_jax.engine.quantize import store_rows_in_int8
 from moe_jax.engine.runner import ServedModel
 from moe_jax.engine.swap import store_in_bank
+from moe_jax.model.compiled import ServedLayer
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
-from moe_jax.model.programs import Programs, ServedLayer
+from moe_jax.model.int8 import Int8Expert
+from moe_jax.model.programs import Programs
 from moe_jax.model.weights import LayerWeights
 from moe_jax.placement.curves import CostCurves
-from moe_jax.placement.memory_plan import MemoryPlan
 
-_EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(gate_up|down)")
+_EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(gate_up|down)(?:_scale)?")
 
 
 class ArrayReceiver:
     """Collects a checkpoint's arrays and builds the model from them.
 
-    The first experts of every layer are the resident ones. On the CPU backend they stay separate
-    arrays, because it reads those in place and would copy out of a bank; elsewhere they are
-    written into the layer's bank one by one, so there is never a second copy of them all.
+    `slot_expert` names the resident experts of every layer, in the order of their slots. On the
+    CPU backend they stay separate arrays, because it reads those in place and would copy out of a
+    bank; elsewhere they are written into the layer's bank one by one, so there is never a second
+    copy of them all. With the host dtype "int8" the others are rounded to it as they arrive.
+
+    The others go to the pinned host memory of `host`; None: the first device's.
     """
 
-    def __init__(self, config: ModelConfig, plan: MemoryPlan, dtype: jnp.dtype):
-        self._config, self._plan, self._dtype = config, plan, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        slot_expert: Sequence[Int[np.ndarray, " _slots"]],
+        dtype: jnp.dtype,
+        host_dtype: str | None = None,
+        host: jax.Device | None = None,
+    ):
+        self._config, self._dtype, self._host_dtype = config, dtype, host_dtype
+        self._host = host
+        self._residents = [experts.tolist() for experts in slot_expert]
         self._use_bank = jax.default_backend() != "cpu"
         self._arrays: dict[str, jax.Array] = {}
         self._banks: dict[tuple[int, str], jax.Array] = {}
@@ -39,21 +55,25 @@ class ArrayReceiver:
     def sharding(self, target: str) -> Sharding:
         """Where the array of this name goes."""
         match = _EXPERT.fullmatch(target)
-        if match and int(match[2]) >= self._plan.slots[int(match[1])]:
-            return sharding("pinned_host")
+        if match and int(match[2]) not in self._residents[int(match[1])]:
+            return sharding("pinned_host", self._host)
         return sharding("device")
 
     def receive(self, target: str, array: jax.Array) -> None:
         """Takes one array."""
         match = _EXPERT.fullmatch(target)
-        slot = int(match[2]) if match else 0
-        if not self._use_bank or not match or slot >= self._plan.slots[int(match[1])]:
+        residents = self._residents[int(match[1])] if match else []
+        if match and int(match[2]) not in residents and self._host_dtype is not None:
+            parts = jax.device_put(store_rows_in_int8(array), array.sharding)
+            self._arrays[target], self._arrays[f"{target}_scale"] = parts
+            return
+        if not self._use_bank or not match or int(match[2]) not in residents:
             self._arrays[target] = array
             return
         key = int(match[1]), match[3]
         if key not in self._banks:
-            shape = (self._plan.slots[key[0]], *array.shape)
-            self._banks[key] = zeros(shape, self._dtype, "device")
+            self._banks[key] = zeros((len(residents), *array.shape), self._dtype, "device")
+        slot = residents.index(int(match[2]))
         self._banks[key] = store_in_bank(self._banks[key], array, slot)
 
     def build(self, programs: Programs, curves: CostCurves) -> ServedModel:
@@ -84,17 +104,21 @@ class ArrayReceiver:
     def _experts(self, layer: int) -> LayerExperts | None:
         if not self._config.moe_layers[layer]:
             return None
-        count, slots = self._config.moe.num_experts, self._plan.slots[layer]
+        residents = self._residents[layer]
+        missing = [e for e in range(self._config.moe.num_experts) if e not in residents]
         at = lambda e, part: self._arrays[f"layers.{layer}.experts.{e}.{part}"]
-        separate = lambda ids: tuple(Expert(at(e, "gate_up"), at(e, "down")) for e in ids)
-        if self._use_bank and slots:
+        collect = lambda kind, ids: tuple(
+            kind(*(at(e, part) for part in kind._fields)) for e in ids
+        )
+        if self._use_bank and residents:
             resident = ExpertBank(self._banks[layer, "gate_up"], self._banks[layer, "down"])
         else:
-            resident = separate(range(slots))
+            resident = collect(Expert, residents)
+        address = np.argsort(residents + missing).astype(np.int32)
         return LayerExperts(
             resident=resident,
-            host=separate(range(slots, count)),
-            address=jax.device_put(np.arange(count, dtype=np.int32), sharding("device")),
+            host=collect(Int8Expert if self._host_dtype else Expert, missing),
+            address=jax.device_put(address, sharding("device")),
         )
 
 
@@ -111,6 +135,11 @@ def arrays_by_target(model: ServedModel) -> dict[str, jax.Array]:
         for expert, address in enumerate(np.asarray(experts.address).tolist()):
             if address >= experts.slots:
                 pair = experts.host[address - experts.slots]
+                if isinstance(pair, Int8Expert):
+                    raise ValueError(
+                        "a model whose host experts were rounded to int8 cannot be saved; load it "
+                        "without host_dtype= to save it"
+                    )
             elif isinstance(experts.resident, ExpertBank):
                 pair = Expert(*(bank[address] for bank in experts.resident))
             else:

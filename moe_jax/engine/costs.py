@@ -21,7 +21,12 @@ _checked: dict[Path, Calibration] = {}
 
 
 def measure_costs(
-    config: ModelConfig, dtype: np.dtype, *, recalibrate: bool = False, progress: bool = False
+    config: ModelConfig,
+    dtype: np.dtype,
+    host_dtype: str | None = None,
+    *,
+    recalibrate: bool = False,
+    progress: bool = False,
 ) -> CostCurves:
     """What one expert of this model costs here on the host, over the link and on the device.
 
@@ -29,7 +34,7 @@ def measure_costs(
     does: no host call was ever scheduled beside device work there. On the CPU backend all is done
     by the same cores, one thing after another, and a transfer is a copy in memory.
     """
-    found = calibrate(config, dtype, recalibrate=recalibrate, progress=progress)
+    found = calibrate(config, dtype, host_dtype, recalibrate=recalibrate, progress=progress)
     backend = jax.default_backend()
     return CostCurves(
         tokens=jnp.asarray(found.sizes, jnp.float32),
@@ -45,7 +50,12 @@ def measure_costs(
 
 
 def calibrate(
-    config: ModelConfig, dtype: np.dtype, *, recalibrate: bool = False, progress: bool = False
+    config: ModelConfig,
+    dtype: np.dtype,
+    host_dtype: str | None = None,
+    *,
+    recalibrate: bool = False,
+    progress: bool = False,
 ) -> Calibration:
     """Returns the calibration kept for this machine and experts of this shape, or measures it.
 
@@ -56,10 +66,11 @@ def calibrate(
 
     Args:
       dtype: of weights and activations.
+      host_dtype: "int8" if the host's experts are kept in it; None: `dtype`.
       recalibrate: whether to measure again in any case.
       progress: whether to show a bar while measuring.
     """
-    timing = ExpertTiming(config, dtype)
+    timing = ExpertTiming(config, dtype, host_dtype)
     key = calibration_cache.machine_key() | timing.key
     path = Path(calibration_cache.file_name(key))
     try:

@@ -1,6 +1,7 @@
 """The engine: one loaded model and everything a user asks of it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,9 @@ class Engine:
     def stats(self) -> Stats:
         """Totals since loading: tokens, seconds, experts by placement, bytes."""
         self._monitor.after_other(self._runner.take_reports())
-        return self._monitor.stats(self._runner.programs.traces, self._mover.swaps)
+        stats = self._monitor.stats(self._runner.programs.traces, self._mover.swaps)
+        done = self._runner.programs.prefetcher
+        return replace(stats, prefetched=done.begun, prefetched_useful=done.useful)
 
     def save(self, folder: str | Path) -> None:
         """Writes an Orbax checkpoint with config and tokenizer that `moe_jax.load` reads.

@@ -28,12 +28,14 @@ from host_offload.host_compute import compiler_options
 from host_offload.memory import MemoryKind
 from moe_jax.config import ModelConfig
 from moe_jax.engine.progress import progress_bar
+from moe_jax.engine.quantize import store_in_int8
 from moe_jax.model.dispatch import Dispatch, block_widths, dispatch, num_columns
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts, run_on_host
+from moe_jax.model.int8 import Int8Expert, int8_bytes
 from moe_jax.placement.planner import Mode
 
-# In order of importance: bandwidth, arithmetic, the largest share of a prefill chunk, the knee.
-_ORDER = (1, 64, 512, 8, 2, 16, 4, 32, 256, 128)
+# In order of importance: bandwidth, then what runs in one program, then what each needs its own.
+_ORDER = (1, 64, 512, 128, 32, 256, 8, 4, 2, 16)
 _ESSENTIAL = 4  # 1 and 64 tokens, on the host and on the device
 # What is begun by then ends within 10 s on a fair machine.
 SECONDS = 7.0
@@ -57,10 +59,12 @@ class ExpertTiming:
     processor's caches, or have as many experts as the model.
     """
 
-    def __init__(self, config: ModelConfig, dtype: np.dtype):
+    def __init__(self, config: ModelConfig, dtype: np.dtype, host_dtype: str | None = None):
         self.shapes, self.dtype = config.expert_shapes, np.dtype(dtype)
         self.activation, self.moe = config.activation, config.moe
-        self.bytes = sum(int(np.prod(shape)) for shape in self.shapes) * self.dtype.itemsize
+        self.host_dtype = host_dtype
+        numbers = sum(int(np.prod(shape)) for shape in self.shapes)
+        self.bytes = int8_bytes(self.shapes) if host_dtype else numbers * self.dtype.itemsize
         enough = 4 * cache_bytes() // self.bytes + 1
         # A wider group takes longer to compile; of small experts it takes more to outlast a call.
         # Without a choice of two XLA prepares the weights ahead of the loop, in the baseline too.
@@ -79,6 +83,7 @@ class ExpertTiming:
         return {
             "expert_shapes": self.shapes,
             "dtype": self.dtype.name,
+            "host_dtype": self.host_dtype,
             "activation": self.activation,
             "experts_timed": self.distinct * self.groups,
             "programs": _PROGRAMS,
@@ -160,13 +165,15 @@ class ExpertTiming:
                 )
         return None
 
-    def _on_host(self) -> list[tuple[Expert, ...]]:
-        return [self._separate("pinned_host") for _ in range(self.groups)]
+    def _on_host(self) -> list[tuple[Expert | Int8Expert, ...]]:
+        stored = store_in_int8 if self.host_dtype else lambda expert: expert
+        return [self._separate("pinned_host", stored) for _ in range(self.groups)]
 
-    def _separate(self, kind: MemoryKind) -> tuple[Expert, ...]:
+    def _separate(self, kind: MemoryKind, stored: Callable = lambda expert: expert) -> tuple:
         """A group; the second of two huge experts is the first again, to save time and memory."""
         experts = [
-            Expert(*random_arrays(self.shapes, self.dtype, kind)) for _ in range(self.distinct)
+            stored(Expert(*random_arrays(self.shapes, self.dtype, kind)))
+            for _ in range(self.distinct)
         ]
         return tuple(experts[i % self.distinct] for i in range(self.group))
 
@@ -177,7 +184,7 @@ class ExpertTiming:
         return [ExpertBank(*random_arrays(banks, self.dtype, "device")) for _ in range(self.groups)]
 
     def _time_transfers(
-        self, groups: list[tuple[Expert, ...]], box: TimeBox
+        self, groups: list[tuple[Expert | Int8Expert, ...]], box: TimeBox
     ) -> tuple[float, float]:
         return measure_transfers([group[: self.distinct] for group in groups], box)
 
@@ -219,7 +226,7 @@ class ExpertTiming:
 
     def _run_on_host(
         self,
-        experts: tuple[Expert, ...],
+        experts: tuple[Expert | Int8Expert, ...],
         columns: Float[Array, "embed columns"],
         where: Dispatch,
     ) -> Float[Array, "embed columns"]:

@@ -4,12 +4,13 @@ import importlib.resources
 import os
 import sys
 from pathlib import Path
-from typing import get_args, no_type_check
+from typing import Literal, get_args, no_type_check
 
 import jax
 
 from host_offload.memory import (
     device_memory_bytes,
+    host_device,
     host_memory_bytes,
     keep_freed_memory,
     parse_bytes,
@@ -21,11 +22,12 @@ from moe_jax.checkpoint.tokenizer import read_tokenizer, stop_tokens
 from moe_jax.engine.arrays import ArrayReceiver
 from moe_jax.engine.costs import MissingExperts, force, measure_costs
 from moe_jax.engine.engine import Engine
+from moe_jax.engine.initial_placement import place_experts
 from moe_jax.engine.mover import ExpertMover
 from moe_jax.engine.plan import make_plan
 from moe_jax.engine.runner import Runner
 from moe_jax.engine.sizing import plan_for, read_dtype
-from moe_jax.model.programs import Programs
+from moe_jax.model.programs import Executor, Programs
 from moe_jax.placement.memory_plan import MemoryPlan
 from moe_jax.placement.planner import Planner, plan_layer
 from moe_jax.placement.policies import Policy, policy_named
@@ -40,12 +42,16 @@ def load(
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,
     dtype: str = "bfloat16",
+    host_dtype: Literal["int8"] | None = None,
     max_tokens: int = 4096,
     max_seqs: int = 8,
     missing_experts: MissingExperts = "auto",
     planner: Planner | None = None,
     residency: str | Policy | None = None,
     max_swaps: int | None = None,
+    placement: str | Path = "uniform",
+    executor: Executor = "compiled",
+    prefetch: bool | None = None,
     progress: bool | None = None,
 ) -> Engine:
     """Loads a model and decides what lives where.
@@ -56,6 +62,10 @@ def load(
         the device reports. On the CPU backend it is a budget that is kept as if for a device.
       host_memory: the same for experts in pinned host memory; None: the machine's memory.
       dtype: "bfloat16" or "float32", of weights, activations and KV.
+      host_dtype: "int8" keeps the experts that are not on the device in 8 bits, at half the bytes:
+        faster wherever memory or link are the limit, and an approximation, in contrast to all
+        else: results then depend on which experts are on the device. They keep their places. None:
+        `dtype`.
       max_tokens: the capacity of the KV cache, over all sequences that run together.
       max_seqs: how many sequences run together at most.
       missing_experts: how experts that are not on the device run: "auto" lets the planner choose
@@ -69,6 +79,14 @@ def load(
         "least_stale". A swap must pay for its transfer. None: "lfru", on the CPU backend "static",
         since there both sides are the same memory.
       max_swaps: how many experts may come to the device after one step; None: one for each layer.
+      placement: which experts are on the device at first: "uniform", or the path of a routing
+        trace made by scripts/profile_experts.py, whose most used experts of each layer they are.
+      executor: how layers with experts in host memory run: "compiled", as one device program that
+        calls the host, or "driven", as several that Python starts, of which one runs on the host.
+        Results do not depend on it.
+      prefetch: whether driven layers guess which expert the next layer will miss and bring it over
+        while the link is idle; it stops by itself where guesses are wrong. None: with the executor
+        "driven", but not on the CPU backend, whose link is its own memory.
       progress: whether to show bars; None: if standard error is a terminal.
 
     Raises ValueError for anything that cannot be loaded or does not fit, before weights are read.
@@ -82,13 +100,31 @@ def load(
     for name, (value, least) in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if host_dtype not in (None, "int8"):
+        raise ValueError(f"host_dtype must be None or 'int8', got {host_dtype!r}")
     if residency is None:
-        residency = "static" if jax.default_backend() == "cpu" else "lfru"
+        still = jax.default_backend() == "cpu" or host_dtype is not None
+        residency = "static" if still else "lfru"
     policy = policy_named(residency)
+    if policy.moves and host_dtype is not None:
+        raise ValueError(
+            f"experts kept in {host_dtype} on the host cannot change places with those on the "
+            f"device, got residency={residency!r}; give residency='static' or no host_dtype="
+        )
     if missing_experts not in get_args(MissingExperts):
         raise ValueError(
             f"missing_experts must be 'auto', 'stream' or 'host', got {missing_experts!r}"
         )
+    if executor not in get_args(Executor):
+        raise ValueError(f"executor must be 'compiled' or 'driven', got {executor!r}")
+    if prefetch and executor != "driven":
+        raise ValueError(
+            f"prefetch=True needs executor='driven', got {executor!r}: a compiled layer cannot "
+            "start a transfer for the next one"
+        )
+    if prefetch is None:
+        prefetch = executor == "driven" and jax.default_backend() != "cpu"
+    host = host_device() if executor == "driven" else None
     progress = sys.stderr.isatty() if progress is None else progress
     folder = Path(reference_model_folder() if path is None else path)
     device_budget = device_memory_bytes() if device_memory is None else parse_bytes(device_memory)
@@ -104,18 +140,24 @@ def load(
         device_bytes=device_budget,
         host_bytes=host_budget,
         dtype=dtype,
+        host_dtype=host_dtype,
         max_tokens=max_tokens,
         max_seqs=max_seqs,
     )
-    _check_pinned_limit(memory)
-    curves = force(measure_costs(config, weights_dtype, progress=progress), missing_experts)
-    receiver = ArrayReceiver(config, memory, weights_dtype)
+    placed = place_experts(placement, config, memory)
+    if host is None:
+        _check_pinned_limit(memory)
+    costs = measure_costs(config, weights_dtype, host_dtype, progress=progress)
+    curves = force(costs, missing_experts)
+    receiver = ArrayReceiver(config, placed.slot_expert, weights_dtype, host_dtype, host)
     checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)
-    programs = Programs(config, memory.kv_pages, PAGE_SIZE, planner or plan_layer)
+    programs = Programs(
+        config, memory.kv_pages, PAGE_SIZE, planner or plan_layer, executor, prefetch
+    )
     runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages)
     return Engine(
         runner,
-        make_plan(config, memory, curves, jax.default_backend(), planner or plan_layer),
+        make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer),
         ExpertMover(runner, policy, sum(config.moe_layers) if max_swaps is None else max_swaps),
         source=folder,
         tokenizer=tokenizer,
@@ -137,7 +179,7 @@ def _check_pinned_limit(memory: MemoryPlan) -> None:
     if jax.default_backend() != "gpu":
         return
     limit = int(os.environ.get(_PINNED_LIMIT, "64")) * 10**9
-    needed = memory.host_experts * memory.expert_bytes
+    needed = memory.host_experts * memory.host_expert_bytes
     if needed > limit:
         raise ValueError(
             f"{needed / 1e9:.0f} GB of experts go to pinned host memory, and XLA allows "

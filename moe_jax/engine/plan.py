@@ -1,14 +1,23 @@
 """The plan a loaded engine follows, with the speed to expect; it prints itself."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from moe_jax.config import ModelConfig
+from moe_jax.engine.initial_placement import InitialPlacement
+from moe_jax.engine.work import busy_seconds, work_costs
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.memory_plan import MemoryPlan
-from moe_jax.placement.planner import Mode, Planner, plan_layer
+from moe_jax.placement.planner import Planner, plan_layer
+from moe_jax.placement.timeline import LANES
+
+_PARTS = ("experts on the device", *LANES[1:])
+_MOST_RUNS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,52 +26,63 @@ class Plan:
 
     Attributes:
       memory: the division of device and host memory.
+      placement: what decided which experts are resident at first.
       tokens_per_second: predicted decode rate, from costs measured at load.
-      limit: what takes most of a step: "dense weights", "resident experts", "link" or "host".
+      limit: what has the most to do in a step, a key of `seconds`; "memory" only where nothing
+        that reads it takes longer.
+      seconds: predicted work per token of "dense weights" and "experts on the device", which the
+        device does, of the "link", the "host", and the host's "memory", that being its reads at
+        the full rate. What works side by side does not add up to the time of a step.
       model: one line about the model.
     """
 
     memory: MemoryPlan
+    placement: str
     tokens_per_second: float
     limit: str
+    seconds: Mapping[str, float]
     model: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}\n{self.memory}\n"
-            f"decode         predicted {self.tokens_per_second:.1f} tokens/s, "
-            f"limited by {self.limit}"
+        work = ", ".join(f"{part} {1e3 * spent:.3g} ms" for part, spent in self.seconds.items())
+        return "\n".join(
+            [
+                self.model,
+                str(self.memory),
+                f"placement      {self.placement}",
+                *_layer_lines(self.memory),
+                f"decode         predicted {self.tokens_per_second:.1f} tokens/s for one sequence, "
+                f"limited by {self.limit}",
+                f"  per token    {work}",
+            ]
         )
 
 
 def make_plan(
     config: ModelConfig,
     memory: MemoryPlan,
+    placed: InitialPlacement,
     curves: CostCurves,
     backend: str,
     planner: Planner = plan_layer,
 ) -> Plan:
-    """Predicts the decode rate of one sequence whose tokens choose experts evenly."""
-    expert = float(curves.device_seconds(jnp.int32(1)))
+    """Predicts the decode rate of one sequence whose tokens meet residents as `placed` expects."""
     # Dense weights are read at the rate at which a resident expert's are.
-    parts = {"dense weights": memory.dense_bytes / memory.expert_bytes * expert}
-    parts |= {"resident experts": 0.0, "link": 0.0, "host": 0.0}
-    total = parts["dense weights"]
-    for slots, experts in zip(memory.slots, memory.experts, strict=True):
+    expert = float(curves.device_seconds(jnp.int32(1)))
+    dense = memory.dense_bytes / memory.expert_bytes * expert
+    total, work = dense, np.zeros(len(LANES))
+    kinds = zip(memory.slots, memory.experts, placed.hits, strict=True)
+    for (slots, experts, share), layers in groupby(sorted(kinds)):
         if not experts:
             continue
-        chosen = config.moe.experts_per_token
-        hits = round(chosen * slots / experts)
-        counts = np.zeros(experts, np.int32)
-        counts[:hits] = 1
-        counts[slots : slots + chosen - hits] = 1
-        layer = planner(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
-        mode = np.asarray(layer.mode)
-        total += float(layer.predicted)
-        host = float(curves.host_seconds(jnp.int32(1)))
-        parts["resident experts"] += int((mode == Mode.RESIDENT).sum()) * expert
-        parts["link"] += int((mode == Mode.STREAM).sum()) * float(curves.stream)
-        parts["host"] += _times(int((mode == Mode.HOST).sum()), host)
+        count = len(list(layers))
+        predicted, busy = _plan_token(config, slots, experts, share, curves, planner)
+        total += count * predicted
+        work += count * busy
+    seconds = {"dense weights": dense} | dict(zip(_PARTS, work.tolist(), strict=True))
+    # Others read memory: it limits only where the experts take as long as it does.
+    binds = seconds["memory"] >= 0.999 * (total - dense)
+    limits = {part: spent for part, spent in seconds.items() if part != "memory" or binds}
     attention = config.attention
     model = (
         f"{config.family}: {config.layers} layers, {config.moe.num_experts} experts "
@@ -71,12 +91,53 @@ def make_plan(
     )
     return Plan(
         memory=memory,
+        placement=placed.source,
         tokens_per_second=1 / total if total else float("inf"),
-        limit=max(parts, key=lambda name: parts[name]),
+        limit=max(limits, key=lambda part: limits[part]),
+        seconds=seconds,
         model=model,
     )
 
 
-def _times(count: int, cost: float) -> float:
-    """count · cost, where nothing of an infinite cost is nothing."""
-    return count * cost if count else 0.0
+def _plan_token(
+    config: ModelConfig,
+    slots: int,
+    experts: int,
+    share: float,
+    curves: CostCurves,
+    planner: Planner,
+) -> tuple[float, Float[np.ndarray, " resources"]]:
+    """Seconds of a layer's experts for one token, of whose choices this share meets residents."""
+    chosen = config.moe.experts_per_token
+    hits = min(max(round(chosen * share), chosen - (experts - slots)), slots)
+    counts = np.zeros(experts, np.int32)
+    counts[:hits] = 1
+    counts[slots : slots + chosen - hits] = 1
+    plan = planner(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
+    busy = busy_seconds(np.asarray(plan.mode)[None], counts[None], work_costs(curves, 1))
+    return float(plan.predicted), np.array(list(busy.values()))
+
+
+def _layer_lines(memory: MemoryPlan) -> list[str]:
+    """Which layers have how many slots; layers that are alike on one line."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for layer, kind in enumerate(zip(memory.slots, memory.experts, strict=True)):
+        alike.setdefault(kind, []).append(layer)
+    return [
+        f"  {_runs(layers):<13}" + (f"{slots} of {experts} resident" if experts else "dense")
+        for (slots, experts), layers in alike.items()
+    ]
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "layers 0-2, 5: "."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and found[-1][-1] == layer - 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    if len(found) > _MOST_RUNS:
+        return f"{len(layers)} layers from {layers[0]} to {layers[-1]}: "
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
+    return f"layer{'s' if len(layers) > 1 else ''} {text}: "

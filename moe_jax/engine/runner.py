@@ -15,7 +15,8 @@ from host_offload.interrupts import hold_interrupts
 from moe_jax.cache.paged_kv import PAGE_SIZE, allocate_kv
 from moe_jax.config import ModelConfig
 from moe_jax.engine.swap import swap_experts
-from moe_jax.model.programs import Programs, ServedLayer
+from moe_jax.model.compiled import ServedLayer
+from moe_jax.model.programs import Programs
 from moe_jax.model.step import StepInputs
 from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
@@ -147,9 +148,10 @@ class Runner:
         traced = self.programs.traces.total()
         step = pack_step(batch, tokens, seqs)
         x, state, tally = self.programs.embed(model.embedding, step)
+        following = (*model.layers[1:], None)
         for i, layer in enumerate(model.layers):
             x, self._kv[i], tally = layer.program(
-                layer, self._kv[i], x, state, model.curves, tally, max_query_length
+                layer, self._kv[i], x, state, model.curves, tally, max_query_length, following[i]
             )
         compiled = self.programs.traces.total() > traced
         self._unread.append(StepReport(tokens, max_query_length, compiled, tally))

@@ -8,6 +8,7 @@ import numpy as np
 from moe_jax.checkpoint import expected_targets, open_checkpoint
 from moe_jax.config import ModelConfig
 from moe_jax.engine.runner import PREFILL_BUCKETS
+from moe_jax.model.int8 import int8_bytes
 from moe_jax.placement.memory_plan import MemoryPlan, plan_memory
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -26,6 +27,7 @@ def plan_for(
     device_bytes: int,
     host_bytes: int,
     dtype: str,
+    host_dtype: str | None = None,
     max_tokens: int,
     max_seqs: int,
 ) -> MemoryPlan:
@@ -35,6 +37,7 @@ def plan_for(
     return plan_memory(
         config,
         itemsize=itemsize,
+        host_expert_bytes=int8_bytes(config.expert_shapes) if host_dtype == "int8" else None,
         dense_bytes=sum(int(np.prod(shape)) for shape in dense) * itemsize,
         device_bytes=device_bytes,
         host_bytes=host_bytes,

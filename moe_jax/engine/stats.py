@@ -1,8 +1,67 @@
 """Counts and times of everything an engine has done."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from host_offload.memory import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Measured seconds of steps beside what was predicted for the same steps.
+
+    Only `measured` was: by the wall clock, over whole steps with sampling. No clock stands beside
+    a resource inside a step, so the others are predictions: of the cost curves, each multiplied by
+    how much longer earlier steps of its kind took than the curves said. Steps that compiled a
+    program and the first of each kind are left out; swaps happen between steps.
+
+    Attributes:
+      steps: how many.
+      measured: what they took.
+      predicted: what they should have taken.
+      device: work of the device in them: dense weights, resident and streamed experts.
+      link: transfers of streamed experts.
+      host: work of the host, starting it included.
+      memory: reads of streamed and hosted experts from host memory, at its full rate.
+    """
+
+    steps: int = 0
+    measured: float = 0.0
+    predicted: float = 0.0
+    device: float = 0.0
+    link: float = 0.0
+    host: float = 0.0
+    memory: float = 0.0
+
+    @property
+    def exposed_waiting(self) -> float:
+        """Predicted: seconds without work for the device, because link or host were still busy."""
+        return self.predicted - self.device
+
+    @property
+    def measured_less_device(self) -> float:
+        """Measured seconds beyond the device's predicted work.
+
+        What `exposed_waiting` turned out to be, if the device's work was predicted well; it also
+        holds what no curve knows of, such as sampling.
+        """
+        return self.measured - self.device
+
+    def __add__(self, other: "StepTimes") -> "StepTimes":
+        return StepTimes(**{name: getattr(self, name) + getattr(other, name) for name in _TIMES})
+
+    def __sub__(self, other: "StepTimes") -> "StepTimes":
+        return StepTimes(**{name: getattr(self, name) - getattr(other, name) for name in _TIMES})
+
+    def __str__(self) -> str:
+        return (
+            f"measured {self.measured:.3g} s, predicted {self.predicted:.3g} s | predicted work: "
+            f"device {self.device:.3g} s, link {self.link:.3g} s, host {self.host:.3g} s, "
+            f"memory {self.memory:.3g} s | device waits {self.exposed_waiting:.3g} s as "
+            f"predicted, {self.measured_less_device:.3g} s measured beyond its work"
+        )
+
+
+_TIMES = tuple(field.name for field in fields(StepTimes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +75,13 @@ class Stats:
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens.
       swapped: experts that changed places with a resident one, between steps.
-      expert_bytes: bytes of one expert.
+      expert_bytes: bytes of one expert in host memory.
+      prefetched: experts brought over for a layer before it was known that it needs them.
+      prefetched_useful: those that it did need; they count as resident.
       predicted_seconds: what the planner expected the expert parts to take.
       prefill_error, decode_error: the share of their time by which steps were mispredicted, with
         corrections from earlier steps; None before there was a second step of one kind.
+      prefill_times, decode_times: those steps, measured and predicted, by resource.
       traces: how often each program was traced, by (name, bucket, ...).
     """
 
@@ -33,9 +95,13 @@ class Stats:
     hosted: int = 0
     swapped: int = 0
     expert_bytes: int = 0
+    prefetched: int = 0
+    prefetched_useful: int = 0
     predicted_seconds: float = 0.0
     prefill_error: float | None = None
     decode_error: float | None = None
+    prefill_times: StepTimes = field(default_factory=StepTimes)
+    decode_times: StepTimes = field(default_factory=StepTimes)
     traces: dict[tuple, int] = field(default_factory=dict)
 
     @property
@@ -57,12 +123,22 @@ class Stats:
     @property
     def bytes_streamed(self) -> int:
         """Expert weights copied from the host to the device, for one call or to stay."""
-        return (self.streamed + self.swapped) * self.expert_bytes
+        return (self.streamed + self.swapped + self.prefetched) * self.expert_bytes
+
+    @property
+    def bytes_returned(self) -> int:
+        """Expert weights copied from the device back to the host, when others took their slots."""
+        return self.swapped * self.expert_bytes
 
     @property
     def bytes_hosted(self) -> int:
         """Expert weights read by the host."""
         return self.hosted * self.expert_bytes
+
+    @property
+    def exposed_waiting(self) -> float:
+        """Predicted seconds in which the device waited for link or host; see `StepTimes`."""
+        return self.prefill_times.exposed_waiting + self.decode_times.exposed_waiting
 
     def since(self, before: "Stats") -> "Stats":
         """What was added to earlier totals; traces and errors stay those of the whole time."""
@@ -81,10 +157,23 @@ class Stats:
             f"{self.hosted} on host, {self.swapped} swapped in | "
             f"moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
+            + self._prefetch_text()
             + _error_text("prefill", self.prefill_error)
             + _error_text("decode", self.decode_error)
+            + _times_text("prefill", self.prefill_times)
+            + _times_text("decode", self.decode_times)
         )
+
+    def _prefetch_text(self) -> str:
+        if not self.prefetched:
+            return ""
+        return f" | {self.prefetched} prefetched, {self.prefetched_useful} of use"
 
 
 def _error_text(phase: str, error: float | None) -> str:
     return "" if error is None else f" | {phase} predicted within {error:.0%}"
+
+
+def _times_text(phase: str, times: StepTimes) -> str:
+    steps = f"{times.steps} {phase} step{'s' if times.steps > 1 else ''}"
+    return f"\n{steps}: {times}" if times.steps else ""

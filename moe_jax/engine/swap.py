@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from host_offload.memory import sharding, to_device, to_host
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
+from moe_jax.model.int8 import Int8Expert
 
 
 def swap_experts(experts: LayerExperts, incoming: int, outgoing: int) -> LayerExperts:
@@ -36,11 +37,14 @@ def swap_experts(experts: LayerExperts, incoming: int, outgoing: int) -> LayerEx
         raise ValueError(f"expert {incoming} is resident already, in slot {address[incoming]}")
     if slot >= experts.slots:
         raise ValueError(f"expert {outgoing} is not resident: it has no slot to give")
+    if isinstance(experts.host[entry], Int8Expert):
+        raise ValueError(f"expert {incoming} was rounded to int8: it cannot become resident")
     address[[incoming, outgoing]] = address[[outgoing, incoming]]
 
     host = list(experts.host)
+    (home,) = host[entry].gate_up.devices()  # of whose host memory: the device's or the CPU's
     arriving = Expert(*to_device(tuple(host[entry])))
-    host[entry] = Expert(*to_host(tuple(_resident(experts, slot))))
+    host[entry] = Expert(*to_host(tuple(_resident(experts, slot)), home))
     new_address = jax.device_put(address, sharding("device"))
     jax.block_until_ready((arriving, host[entry], new_address))
     if isinstance(experts.resident, ExpertBank):

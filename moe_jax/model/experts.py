@@ -17,8 +17,9 @@ from host_offload.host_compute import as_host, on_host
 from moe_jax.config import Activation
 from moe_jax.model.blocks import run_blocks
 from moe_jax.model.dispatch import Dispatch
+from moe_jax.model.int8 import Int8Expert, gated_ffn_int8
 from moe_jax.model.ops import activate, gated_ffn
-from moe_jax.model.streamed import run_streamed
+from moe_jax.model.streamed import run_expert, run_streamed
 from moe_jax.placement.planner import Mode
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -48,12 +49,12 @@ class LayerExperts:
 
     Attributes:
       resident: the experts in device memory: separate arrays on the CPU backend, else a bank.
-      host: the other experts, one array pair each, in pinned host memory.
+      host: the other experts, separate arrays each, in pinned host memory.
       address: each expert's address.
     """
 
     resident: Resident
-    host: tuple[Expert, ...]
+    host: tuple[Expert | Int8Expert, ...]
     address: Int[Array, " experts"]
 
     @property
@@ -75,18 +76,10 @@ def run_experts(
 
     `where` is in addresses. Columns that no expert owns are 0.
     """
-    ffn = functools.partial(_apply, activation)
-    # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
-    output = jnp.zeros(columns.shape, jnp.float32)
-    slots = experts.slots
-    if isinstance(experts.resident, ExpertBank):
-        output = _run_bank(experts.resident, columns, where, activation)
-    elif slots:
-        used = (where.block_expert < slots).sum(dtype=jnp.int32)  # theirs come first
-        every = jnp.arange(where.block_expert.shape[0], dtype=jnp.int32)
-        output = run_blocks(ffn, experts.resident, columns, where, 0, every, 0, used, output)
+    output = run_resident(experts.resident, columns, where, activation)
     if not experts.host:
         return output
+    ffn, slots = functools.partial(_apply, activation), experts.slots
     missing_mode = mode[slots:]
     hosted = run_on_host(experts.host, columns, where, missing_mode, slots, activation)
     streamed, count = _selected(missing_mode == Mode.STREAM)
@@ -95,7 +88,9 @@ def run_experts(
     return lax.optimization_barrier(output) + hosted
 
 
-def _apply(activation: Activation, expert: Expert, columns: Array) -> Array:
+def _apply(activation: Activation, expert: Expert | Int8Expert, columns: Array) -> Array:
+    if isinstance(expert, Int8Expert):
+        return gated_ffn_int8(expert, columns, activation)
     return gated_ffn(expert.gate_up, expert.down, columns, activation)
 
 
@@ -103,6 +98,38 @@ def _selected(chosen: Array) -> tuple[Array, Array]:
     """The indices where `chosen` holds, first ones first, and how many there are."""
     (indices,) = jnp.nonzero(chosen, size=chosen.shape[0], fill_value=0)
     return indices.astype(jnp.int32), chosen.sum(dtype=jnp.int32)
+
+
+def run_resident(
+    resident: Resident,
+    columns: Float[Array, "embed columns"],
+    where: Dispatch,
+    activation: Activation,
+) -> Float[Array, "embed columns"]:
+    """Runs the resident experts, whose columns come first; float32. Other columns are 0."""
+    if isinstance(resident, ExpertBank):
+        return _run_bank(resident, columns, where, activation)
+    # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
+    output = jnp.zeros(columns.shape, jnp.float32)
+    if not resident:
+        return output
+    ffn = functools.partial(_apply, activation)
+    used = (where.block_expert < len(resident)).sum(dtype=jnp.int32)
+    every = jnp.arange(where.block_expert.shape[0], dtype=jnp.int32)
+    return run_blocks(ffn, resident, columns, where, 0, every, 0, used, output)
+
+
+def run_arrived(
+    expert: Expert | Int8Expert,
+    address: Int[Array, ""],
+    columns: Float[Array, "embed columns"],
+    where: Dispatch,
+    output: Float[Array, "embed columns"],
+    activation: Activation,
+) -> Float[Array, "embed columns"]:
+    """Adds the results of one expert whose weights have been brought over for this call."""
+    ffn = functools.partial(_apply, activation)
+    return run_expert(ffn, expert, address, columns, where, output)
 
 
 def _run_bank(bank, columns, where, activation):
@@ -119,7 +146,7 @@ def _run_bank(bank, columns, where, activation):
 
 
 def run_on_host(
-    host: tuple[Expert, ...],
+    host: tuple[Expert | Int8Expert, ...],
     columns: Float[Array, "embed columns"],
     where: Dispatch,
     mode: Int[Array, " missing"],

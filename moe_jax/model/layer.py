@@ -1,17 +1,19 @@
 """One layer of the served model: attention over pages, then experts wherever they are."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.cache.paged_kv import LayerKv, write_kv
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import project_output, project_qkv
-from moe_jax.model.dispatch import block_widths, combine, dispatch, gather_columns
+from moe_jax.model.dispatch import Dispatch, block_widths, combine, dispatch, gather_columns
 from moe_jax.model.experts import LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
+from moe_jax.model.prefetch import link_has_time
 from moe_jax.model.router import route
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
@@ -19,6 +21,29 @@ from moe_jax.model.weights import LayerWeights, SharedExpertWeights
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.planner import Mode, Planner, plan_layer
 from pallas_kernels.paged_attention import paged_attention
+
+
+@no_type_check  # jax rebuilds it with other leaves in the fields
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A layer call up to its experts: what they are given, and which of them run where.
+
+    Attributes:
+      normed: the tokens as router and experts see them.
+      gates: what each choice's output is weighted by.
+      where: the dispatch, in addresses.
+      columns: the tokens in expert order.
+      mode: int32, a `Mode` per address.
+      link_has_time: whether one expert more could come over while the layer runs.
+    """
+
+    normed: Float[Array, "tokens embed"]
+    gates: Float[Array, "tokens choices"]
+    where: Dispatch
+    columns: Float[Array, "embed columns"]
+    mode: Int[Array, " experts"]
+    link_has_time: Bool[Array, ""]
 
 
 def run_layer(
@@ -36,6 +61,35 @@ def run_layer(
     planner: Planner = plan_layer,
 ) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
     """Runs one layer on one step's tokens; `experts` is None in a dense layer."""
+    x, kv = attend(
+        weights, kv, x, step, config=config, window=window, max_query_length=max_query_length
+    )
+    normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
+    if weights.ffn is not None:
+        with jax.named_scope("dense_ffn"):
+            ffn = weights.ffn
+            y = gated_ffn_rows(ffn.gate_up[...], ffn.down[...], normed, config.activation)
+            return x + y, kv, tally.after_dense_layer()
+    assert experts is not None, "a layer with a router was given no experts"
+    with jax.named_scope("experts"):
+        routed, tally = route_layer(
+            weights, experts.address, experts.slots, normed, step, curves, tally, config, planner
+        )
+        output = run_experts(experts, routed.columns, routed.where, routed.mode, config.activation)
+        return mix(weights, x, output, routed, config), kv, tally
+
+
+def attend(
+    weights: LayerWeights,
+    kv: LayerKv,
+    x: Float[Array, "tokens embed"],
+    step: StepState,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    max_query_length: int,
+) -> tuple[Float[Array, "tokens embed"], LayerKv]:
+    """Adds attention to x, and the tokens' keys and values to the pages."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights.attention_norm[...], config.norm_epsilon)
         query, key, value = project_qkv(weights.attention, normed, step.cos, step.sin, config)
@@ -50,53 +104,63 @@ def run_layer(
             max_query_length=max_query_length,
             sliding_window=window,
         )
-        x = x + project_output(weights.attention, attended)
-    normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
-    if weights.ffn is not None:
-        with jax.named_scope("dense_ffn"):
-            ffn = weights.ffn
-            y = gated_ffn_rows(ffn.gate_up[...], ffn.down[...], normed, config.activation)
-            return x + y, kv, tally.after_dense_layer()
-    assert experts is not None, "a layer with a router was given no experts"
-    with jax.named_scope("experts"):
-        y, tally = mix_experts(weights, experts, normed, step, curves, tally, config, planner)
-    return x + y, kv, tally
+        return x + project_output(weights.attention, attended), kv
 
 
-def mix_experts(
+def route_layer(
     weights: LayerWeights,
-    experts: LayerExperts,
+    address: Int[Array, " experts"],
+    slots: int,
     x: Float[Array, "tokens embed"],
     step: StepState,
     curves: CostCurves,
     tally: Tally,
     config: ModelConfig,
     planner: Planner,
-) -> tuple[Float[Array, "tokens embed"], Tally]:
-    """Routes, plans and computes the mixture, with the shared expert where there is one.
+    fetched: Int[Array, ""] | None = None,
+) -> tuple[Routed, Tally]:
+    """Routes the tokens, brings them into expert order, and plans who runs where.
 
+    The expert at address `fetched` has been brought over already and counts as resident.
     Whatever the planner says, resident experts run on the device, and a missing expert with tokens
     that is not streamed runs on the host: a plan decides about time, never about the result.
     """
     assert weights.router is not None, "a dense layer was given experts"
     gates, chosen, _ = route(weights.router[...], x, config.moe)
-    widths = block_widths(*chosen.shape, config.moe.num_experts)
-    where = dispatch(experts.address[chosen], step.valid, config.moe.num_experts, widths)
-    resident = jnp.arange(config.moe.num_experts) < experts.slots
+    tokens, choices = chosen.shape
+    widths = block_widths(tokens, choices, config.moe.num_experts)
+    where = dispatch(address[chosen], step.valid, config.moe.num_experts, widths)
+    resident = jnp.arange(config.moe.num_experts) < slots
+    if fetched is not None:
+        resident |= jnp.arange(config.moe.num_experts) == fetched
     plan = planner(where.counts, resident, curves)
     missing = jnp.where(plan.mode == Mode.STREAM, Mode.STREAM.value, Mode.HOST.value)
     mode = jnp.where(resident, Mode.RESIDENT.value, missing)
     mode = jnp.where(where.counts > 0, mode, Mode.IDLE.value).astype(jnp.int32)
+    by_expert = jnp.where(step.valid[:, None], gates.astype(jnp.float32), 0)
+    by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(by_expert)
+    plan = replace(plan, mode=mode[address])
+    tally = tally.after_experts(plan, where.counts[address], by_expert)
     columns = gather_columns(x, where)
-    columns = run_experts(experts, columns, where, mode, config.activation)
-    y = combine(columns, gates, where).astype(x.dtype)
+    has_time = link_has_time(plan.predicted, (mode == Mode.STREAM).sum(), curves)
+    routed = Routed(
+        normed=x, gates=gates, where=where, columns=columns, mode=mode, link_has_time=has_time
+    )
+    return routed, tally
+
+
+def mix(
+    weights: LayerWeights,
+    x: Float[Array, "tokens embed"],
+    output: Float[Array, "embed columns"],
+    routed: Routed,
+    config: ModelConfig,
+) -> Float[Array, "tokens embed"]:
+    """Adds to x what the routed experts computed, and the shared expert where there is one."""
+    y = combine(output, routed.gates, routed.where).astype(x.dtype)
     if weights.shared is not None:
-        y = y + shared_expert(weights.shared, x, config)
-    routed = jnp.where(step.valid[:, None], gates.astype(jnp.float32), 0)
-    by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(routed)
-    plan = replace(plan, mode=mode[experts.address])
-    tally = tally.after_experts(plan, where.counts[experts.address], by_expert)
-    return y, tally
+        y = y + shared_expert(weights.shared, routed.normed, config)
+    return x + y
 
 
 def shared_expert(

@@ -11,7 +11,7 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from moe_jax.config import Activation
 
@@ -24,45 +24,50 @@ def multiply_columns(
     The weight comes first and the tokens are columns because XLA:CPU then reads a bfloat16 weight
     without a copy in float32. For the few columns of a decode step there is a faster form.
     """
-    few = columns.shape[1] <= _MOST_COLUMNS and weight.dtype == jnp.bfloat16
-    if few and _runs_on_cpu(weight):
-        return _multiply_few_columns(weight, columns)
+    few = columns.shape[1] <= FEW_COLUMNS and weight.dtype == jnp.bfloat16
+    if few and runs_on_cpu(weight):
+        return sum_products(weight, columns, jnp.float32, groups=4)
     return lax.dot_general(
         weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
-def _runs_on_cpu(weight: Array) -> bool:
-    """Whether XLA:CPU compiles the product: on that backend, and in host computations on any."""
+def runs_on_cpu(weight: Array) -> bool:
+    """Whether XLA:CPU compiles a product: on that backend, and in host computations on any."""
     in_host_memory = jax.typeof(weight).memory_space == jax.memory.Space.Host
     return in_host_memory or jax.default_backend() == "cpu"
 
 
 # From five columns on the matrix kernel of XLA:CPU is faster.
-_MOST_COLUMNS = 4
+FEW_COLUMNS = 4
 
 
-def _multiply_few_columns(
-    weight: Float[Array, "out in"], columns: Float[Array, "in tokens"]
-) -> Float[Array, "out tokens"]:
-    """Multiplies a bfloat16 matrix with one to four vectors on XLA:CPU, at memory speed.
+def sum_products(
+    weight: Shaped[Array, "out in"],
+    columns: Shaped[Array, "in tokens"],
+    dtype: jax.typing.DTypeLike,
+    groups: int,
+) -> Shaped[Array, "out tokens"]:
+    """Multiplies a matrix of 8 or 16 bits with one to four vectors on XLA:CPU, at memory speed.
 
-    As a dot, one column would cost a float32 copy of the weight and a few as much as sixteen. One
+    As a dot, one column would cost a wider copy of the weight and a few as much as sixteen. One
     reduction with several results becomes a single loop over the inputs that keeps the sums of
-    four rows in registers; it is vectorised where `host_compute.compiler_options` allow sums to be
-    reordered. With a single result XLA:CPU would compile the reduction in another way.
+    `groups` rows, of this dtype, in registers; it is vectorised where
+    `host_compute.compiler_options` allow sums to be reordered. With a single result XLA:CPU would
+    compile the reduction in another way.
     """
     rows, count = weight.shape[0], columns.shape[1]
-    groups = math.gcd(rows, 4)
+    groups = math.gcd(rows, groups)
     if groups * count == 1:
-        return _multiply_few_columns(weight, jnp.pad(columns, ((0, 0), (0, 1))))[:, :1]
-    wide = columns.astype(jnp.float32)
+        two = jnp.pad(columns, ((0, 0), (0, 1)))
+        return sum_products(weight, two, dtype, groups)[:, :1]
+    wide = columns.astype(dtype)
     products = [
-        group.astype(jnp.float32) * wide[None, :, column]
+        group.astype(dtype) * wide[None, :, column]
         for group in jnp.split(weight, groups)
         for column in range(count)
     ]
-    zero = jax.device_put(jnp.float32(0), jax.typeof(weight).memory_space)
+    zero = jax.device_put(jnp.zeros((), dtype), jax.typeof(weight).memory_space)
     sums = lax.reduce(
         products, [zero] * len(products), lambda *pair: jax.tree.map(operator.add, *pair), (1,)
     )
@@ -76,7 +81,7 @@ def linear(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
-    if _runs_on_cpu(weight) and x.shape[0] < 64:
+    if runs_on_cpu(weight) and x.shape[0] < 64:
         # XLA:CPU would fold the outer transpose into the product and refuse its element types.
         y = lax.optimization_barrier(multiply_columns(weight, x.T)).T
     else:

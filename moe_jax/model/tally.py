@@ -19,14 +19,14 @@ class Tally:
 
     Attributes:
       layer: the layer that reports next.
-      experts_by_mode: expert executions, indexed by `Mode`.
+      modes: the `Mode` in which each expert ran.
       predicted: seconds the planner expected the expert parts to take.
       counts: tokens routed to each expert.
       gates: the sum of each expert's gates over those tokens.
     """
 
     layer: Int[Array, ""]
-    experts_by_mode: Int[Array, " modes"]
+    modes: Int[Array, "layers experts"]
     predicted: Float[Array, ""]
     counts: Int[Array, "layers experts"]
     gates: Float[Array, "layers experts"]
@@ -36,7 +36,7 @@ class Tally:
         """Nothing done yet."""
         return cls(
             layer=jnp.zeros((), jnp.int32),
-            experts_by_mode=jnp.zeros(len(Mode), jnp.int32),
+            modes=jnp.full((layers, experts), Mode.IDLE.value, jnp.int32),
             predicted=jnp.zeros((), jnp.float32),
             counts=jnp.zeros((layers, experts), jnp.int32),
             gates=jnp.zeros((layers, experts), jnp.float32),
@@ -49,11 +49,10 @@ class Tally:
     def after_experts(
         self, plan: LayerPlan, counts: Int[Array, " experts"], gates: Float[Array, " experts"]
     ) -> "Tally":
-        """This tally and a layer that ran by this plan; counts and gates are by expert."""
-        by_mode = jnp.bincount(plan.mode, length=len(Mode)).astype(jnp.int32)
+        """This tally and a layer that ran by this plan; modes, counts and gates are by expert."""
         return Tally(
             layer=self.layer + 1,
-            experts_by_mode=self.experts_by_mode + by_mode,
+            modes=lax.dynamic_update_index_in_dim(self.modes, plan.mode, self.layer, 0),
             predicted=self.predicted + plan.predicted,
             counts=lax.dynamic_update_index_in_dim(self.counts, counts, self.layer, 0),
             gates=lax.dynamic_update_index_in_dim(self.gates, gates, self.layer, 0),

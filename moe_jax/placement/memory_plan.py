@@ -19,7 +19,8 @@ class MemoryPlan:
       dense_bytes: embeddings, attention, norms, routers, shared experts.
       kv_pages, kv_bytes: the KV cache.
       workspace_bytes: activations of the largest step and two experts in transit.
-      expert_bytes: one routed expert.
+      expert_bytes: one routed expert on the device.
+      host_expert_bytes: one routed expert in host memory.
       slots: resident experts of each layer; 0 in dense layers.
       experts: experts of each layer; 0 in dense layers.
       host_bytes: the budget on the host.
@@ -31,6 +32,7 @@ class MemoryPlan:
     kv_bytes: int
     workspace_bytes: int
     expert_bytes: int
+    host_expert_bytes: int
     slots: tuple[int, ...]
     experts: tuple[int, ...]
     host_bytes: int
@@ -69,9 +71,10 @@ class MemoryPlan:
         lines += [
             f"  {name:<13}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in used
         ]
-        host = self.host_experts * self.expert_bytes
+        host = self.host_experts * self.host_expert_bytes
         lines.append(f"host memory    {format_bytes(host):>11} of {format_bytes(self.host_bytes)}")
-        note = f"{self.host_experts} of {sum(self.experts)}, {format_bytes(self.expert_bytes)} each"
+        each = format_bytes(self.host_expert_bytes)
+        note = f"{self.host_experts} of {sum(self.experts)}, {each} each"
         lines.append(f"  {'experts':<13}{format_bytes(host):>11}  {note}")
         return "\n".join(lines)
 
@@ -85,6 +88,7 @@ def plan_memory(
     config: ModelConfig,
     *,
     itemsize: int,
+    host_expert_bytes: int | None = None,
     dense_bytes: int,
     device_bytes: int,
     host_bytes: int,
@@ -94,8 +98,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Fills the device with dense weights, KV, workspace, then as many experts as fit.
 
-    `largest_step` is the most tokens in one step. Every layer gets the same number of slots; what
-    is left over gives the first layers one more. Raises ValueError that says how many bytes are
+    `largest_step` is the most tokens in one step; `host_expert_bytes` is None where experts are on
+    the host as they are on the device. Every layer gets the same number of slots; what is left over
+    gives the first layers one more. Raises ValueError that says how many bytes are
     short if the fixed parts exceed the device budget or the other experts the host budget.
     """
     gate_up, down = config.expert_shapes
@@ -137,16 +142,17 @@ def plan_memory(
         kv_bytes=kv_bytes,
         workspace_bytes=workspace(offloaded),
         expert_bytes=expert_bytes,
+        host_expert_bytes=expert_bytes if host_expert_bytes is None else host_expert_bytes,
         slots=tuple(slots),
         experts=experts,
         host_bytes=host_bytes,
     )
-    needed = plan.host_experts * expert_bytes
+    needed = plan.host_experts * plan.host_expert_bytes
     if needed > host_bytes:
         raise ValueError(
             f"the host budget of {format_bytes(host_bytes)} is "
             f"{format_bytes(needed - host_bytes)} short: {plan.host_experts} experts of "
-            f"{format_bytes(expert_bytes)} do not fit on the device and need "
+            f"{format_bytes(plan.host_expert_bytes)} do not fit on the device and need "
             f"{format_bytes(needed)}; raise host_memory= or device_memory="
         )
     return plan

@@ -241,7 +241,7 @@ def test_shares_of_huge_experts_that_would_not_end_in_time_are_left_out(config, 
 
     timing = ExpertTiming(config, FLOAT32)
     monkeypatch.setattr(timing, "_time", one_second)
-    found = timing.measure(box=TimeBox(40.0, lambda: now[0]))
+    found = timing.measure(box=TimeBox(38.0, lambda: now[0]))
     assert found.host.measured == tuple(size not in (256, 512) for size in SIZES)
     assert found.spent == 16
 
@@ -319,11 +319,20 @@ def test_what_is_timed_are_experts(config, monkeypatch, size, group):
     assert_close(host, device)
     assert not idle_host.any() and not idle_device.any()
     experts = round(1 / result.median)
-    used = [block for block in host if block.any()]
-    assert len(used) == experts * -(-size // 64)
-    assert host.shape[2] == min(size, 64)
+    used = experts * size  # their blocks follow one another
+    assert host[:, :used].any(axis=0).all() and not host[:, used:].any()
     (x,) = expert_timing.random_arrays([host.shape], FLOAT32, "device")
-    assert_close(used[0], gated_ffn(*on_device[0][0], x[0], "silu"))
+    assert_close(host[:, :used], gated_ffn(*on_device[0][0], x[:, :used], "silu"))
+
+
+def test_experts_in_int8_are_timed_as_such(config, monkeypatch):
+    monkeypatch.setattr(expert_timing, "_LARGE_EXPERT", 1)
+    timing = ExpertTiming(config, FLOAT32, "int8")
+    assert timing.bytes == 3 * 16 * 12 + 4 * (24 + 16)
+    assert timing.key != ExpertTiming(config, FLOAT32).key
+    groups = timing._on_host()
+    assert {part.dtype.name for part in groups[0][0]} == {"int8", "float32"}
+    assert timing._time(timing._host_program, groups, TimeBox(0.0), 4).median > 0
 
 
 def test_experts_rotate_until_caches_are_exceeded_or_the_model_is_whole(config, monkeypatch):

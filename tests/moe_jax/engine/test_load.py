@@ -153,8 +153,16 @@ def test_the_plan_tells_what_lives_where(tiny):
     lines = str(plan).splitlines()
     assert lines[0].startswith("qwen3_moe: 3 layers, 4 experts (top-2), embed 16, 4 heads, on ")
     assert any("4 of 8, 2 per layer" in line for line in lines)
-    assert lines[-1].startswith("decode         predicted ")
-    assert plan.limit in {"dense weights", "resident experts", "link", "host"}
+    assert lines[-5:-2] == [
+        "placement      uniform",
+        "  layers 0, 2: 2 of 4 resident",
+        "  layer 1:     dense",
+    ]
+    assert lines[-2].startswith("decode         predicted ")
+    assert lines[-2].endswith(f"tokens/s for one sequence, limited by {plan.limit}")
+    assert lines[-1].startswith("  per token    dense weights ")
+    parts = ["dense weights", "experts on the device", "link", "host", "memory"]
+    assert list(plan.seconds) == parts and plan.limit in parts
     assert 0 < plan.tokens_per_second < float("inf")
 
 

@@ -8,7 +8,7 @@ import moe_jax
 from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.engine import runner as runner_module
 from moe_jax.engine.runner import NewTokens, pack_step
-from moe_jax.model.programs import LayerProgram
+from moe_jax.model.compiled import LayerProgram
 
 TOKENS = np.random.default_rng(2).integers(1, 300, 24)
 

@@ -30,7 +30,8 @@ def make_experts(slots, bank, dtype="float32"):
 
 
 def run(experts, x, chosen, mode):
-    where = dispatch(chosen, jnp.ones(x.shape[0], bool), EXPERTS, block_widths(*chosen.shape, EXPERTS))
+    widths = block_widths(*chosen.shape, EXPERTS)
+    where = dispatch(chosen, jnp.ones(x.shape[0], bool), EXPERTS, widths)
     columns = gather_columns(x, where)
     return run_experts(experts, columns, where, mode, "silu"), where
 

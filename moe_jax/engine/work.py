@@ -1,0 +1,62 @@
+"""How much the experts of a step give each resource to do, by the cost curves.
+
+Numbers on the host, since it is asked after every step; nothing here is measured.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.planner import Mode
+from moe_jax.placement.timeline import LANES
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkCosts:
+    """Cost curves up to some count of tokens, which indexes `host` and `device`; seconds."""
+
+    host: Float[np.ndarray, " tokens"]
+    device: Float[np.ndarray, " tokens"]
+    stream: float
+    host_launch: float
+    link_latency: float
+    memory: float
+
+
+def work_costs(curves: CostCurves, tokens: int) -> WorkCosts:
+    """Reads the curves once, for experts with at most this many tokens."""
+    counts = jnp.arange(tokens + 1, dtype=jnp.int32)
+    return WorkCosts(
+        host=np.asarray(curves.host_seconds(counts), np.float64),
+        device=np.asarray(curves.device_seconds(counts), np.float64),
+        stream=float(curves.stream),
+        host_launch=float(curves.host_launch),
+        link_latency=float(curves.link_latency),
+        memory=float(curves.memory),
+    )
+
+
+def busy_seconds(
+    modes: Int[np.ndarray, "layers experts"],
+    counts: Int[np.ndarray, "layers experts"],
+    costs: WorkCosts,
+) -> dict[str, float]:
+    """How long the experts keep each of `LANES` busy, over all layers.
+
+    The same terms as `rules.resource_seconds`, without who waits for whom. Infinite where an
+    expert runs in a way that the curves forbid.
+    """
+    streamed, hosted = modes == Mode.STREAM, modes == Mode.HOST
+    streams, hosts = int(streamed.sum()), int(hosted.sum())
+    on_device = (modes == Mode.RESIDENT) | streamed
+    link, host = 0.0, 0.0
+    if streams:
+        link = int(streamed.any(axis=1).sum()) * costs.link_latency + streams * costs.stream
+    if hosts:
+        host = int(hosted.any(axis=1).sum()) * costs.host_launch
+        host += float(costs.host[counts[hosted]].sum())
+    device = float(costs.device[counts[on_device]].sum())
+    return dict(zip(LANES, (device, link, host, (streams + hosts) * costs.memory), strict=True))
