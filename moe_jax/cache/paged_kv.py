@@ -77,12 +77,14 @@ def write_kv(
     Slots past the last page are dropped: that is where padding tokens go.
     """
 
+    page_size = kv.keys.shape[1]
+
     def write(pages, rows):
         if rows.dtype != pages.dtype:
             rows = lax.bitcast_convert_type(rows, pages.dtype)
-        flat = pages.reshape(-1, *pages.shape[2:])
         rows = rows.reshape(-1, *pages.shape[2:])
-        return flat.at[slot].set(rows, mode="drop").reshape(pages.shape)
+        # By page and offset: with one flat index, XLA:CPU copies all pages to write a single token.
+        return pages.at[slot // page_size, slot % page_size].set(rows, mode="drop")
 
     return LayerKv(write(kv.keys, key), write(kv.values, value))
 

@@ -152,7 +152,13 @@ def load(
     receiver = ArrayReceiver(config, placed.slot_expert, weights_dtype, host_dtype, host)
     checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)
     programs = Programs(
-        config, memory.kv_pages, PAGE_SIZE, planner or plan_layer, executor, prefetch
+        config,
+        memory.kv_pages,
+        PAGE_SIZE,
+        planner or plan_layer,
+        executor,
+        prefetch,
+        streams=missing_experts != "host",
     )
     runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages)
     return Engine(

@@ -63,6 +63,7 @@ class LayerProgram:
         window: int | None,
         planner: Planner,
         traces: Counter,
+        streams: bool = True,
     ):
         def layer(parameters, experts, kv, x, step, curves, tally, max_query_length):
             traces["layer", x.shape[0], max_query_length, experts and experts.slots, window] += 1
@@ -79,6 +80,7 @@ class LayerProgram:
                 window=window,
                 max_query_length=max_query_length,
                 planner=planner,
+                streams=streams,
             )
 
         self._run = jax.jit(

@@ -71,10 +71,12 @@ def run_experts(
     where: Dispatch,
     mode: Int[Array, " experts"],
     activation: Activation,
+    streams: bool = True,
 ) -> Float[Array, "embed columns"]:
     """Computes every column by its expert, in the way `mode` (by address) says; float32.
 
-    `where` is in addresses. Columns that no expert owns are 0.
+    `where` is in addresses. Columns that no expert owns are 0. Without `streams` no mode is STREAM,
+    and nothing is compiled for it: its memory alone would slow a short step on the CPU backend.
     """
     output = run_resident(experts.resident, columns, where, activation)
     if not experts.host:
@@ -82,8 +84,9 @@ def run_experts(
     ffn, slots = functools.partial(_apply, activation), experts.slots
     missing_mode = mode[slots:]
     hosted = run_on_host(experts.host, columns, where, missing_mode, slots, activation)
-    streamed, count = _selected(missing_mode == Mode.STREAM)
-    output = run_streamed(ffn, experts.host, columns, where, streamed, count, slots, output)
+    if streams:
+        streamed, count = _selected(missing_mode == Mode.STREAM)
+        output = run_streamed(ffn, experts.host, columns, where, streamed, count, slots, output)
     # The barrier keeps the device work out of the addition, where it would wait for the host.
     return lax.optimization_barrier(output) + hosted
 

@@ -59,8 +59,12 @@ def run_layer(
     window: int | None,
     max_query_length: int,
     planner: Planner = plan_layer,
+    streams: bool = True,
 ) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
-    """Runs one layer on one step's tokens; `experts` is None in a dense layer."""
+    """Runs one layer on one step's tokens; `experts` is None in a dense layer.
+
+    Without `streams` no expert is streamed, whatever the planner says.
+    """
     x, kv = attend(
         weights, kv, x, step, config=config, window=window, max_query_length=max_query_length
     )
@@ -73,9 +77,20 @@ def run_layer(
     assert experts is not None, "a layer with a router was given no experts"
     with jax.named_scope("experts"):
         routed, tally = route_layer(
-            weights, experts.address, experts.slots, normed, step, curves, tally, config, planner
+            weights,
+            experts.address,
+            experts.slots,
+            normed,
+            step,
+            curves,
+            tally,
+            config,
+            planner,
+            streams=streams,
         )
-        output = run_experts(experts, routed.columns, routed.where, routed.mode, config.activation)
+        output = run_experts(
+            experts, routed.columns, routed.where, routed.mode, config.activation, streams
+        )
         return mix(weights, x, output, routed, config), kv, tally
 
 
@@ -118,6 +133,7 @@ def route_layer(
     config: ModelConfig,
     planner: Planner,
     fetched: Int[Array, ""] | None = None,
+    streams: bool = True,
 ) -> tuple[Routed, Tally]:
     """Routes the tokens, brings them into expert order, and plans who runs where.
 
@@ -134,7 +150,8 @@ def route_layer(
     if fetched is not None:
         resident |= jnp.arange(config.moe.num_experts) == fetched
     plan = planner(where.counts, resident, curves)
-    missing = jnp.where(plan.mode == Mode.STREAM, Mode.STREAM.value, Mode.HOST.value)
+    may_stream = (plan.mode == Mode.STREAM) & streams
+    missing = jnp.where(may_stream, Mode.STREAM.value, Mode.HOST.value)
     mode = jnp.where(resident, Mode.RESIDENT.value, missing)
     mode = jnp.where(where.counts > 0, mode, Mode.IDLE.value).astype(jnp.int32)
     by_expert = jnp.where(step.valid[:, None], gates.astype(jnp.float32), 0)

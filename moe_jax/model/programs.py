@@ -37,13 +37,15 @@ class Programs:
         planner: Planner = plan_layer,
         executor: Executor = "compiled",
         prefetch: bool = False,
+        streams: bool = True,
     ):
         self.traces: Counter = Counter()
         self._config = config
         self.planner = planner
         self.prefetcher = Prefetcher(on=prefetch)
         driven = functools.partial(DrivenProgram, prefetcher=self.prefetcher)
-        self._executor = driven if executor == "driven" else LayerProgram
+        compiled = functools.partial(LayerProgram, streams=streams)
+        self._executor = driven if executor == "driven" else compiled
         self._layer_programs: dict = {}
         self._embed = jax.jit(functools.partial(self._embed_step, pages, page_size))
         self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
