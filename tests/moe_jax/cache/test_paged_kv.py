@@ -37,6 +37,28 @@ def test_padding_is_written_nowhere():
     np.testing.assert_array_equal(kv.keys, kv.values)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_writing_does_not_copy_the_pages(tokens):
+    shape = (5, PAGE_SIZE, 2, 8)
+
+    def step(kv, slot, rows, table):
+        kv = write_kv(kv, slot, rows, rows)
+        attend = lambda i, total: total + kv.keys[table[i]].astype(jnp.float32).sum()
+        return jax.lax.fori_loop(0, table.shape[0], attend, jnp.float32(0)), kv
+
+    pages = jnp.zeros(shape, jnp.uint16)
+    rows = jnp.ones((tokens, 2, 8), jnp.bfloat16)
+    arguments = LayerKv(pages, pages), jnp.zeros(tokens, jnp.int32), rows, jnp.zeros(2, jnp.int32)
+    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile().as_text()
+    forms = f"{shape[0]},{PAGE_SIZE},2,8", f"{shape[0] * PAGE_SIZE},2,8"
+    copied = [
+        line.strip()
+        for line in compiled.splitlines()
+        if " copy(" in line and any(f"u16[{form}]" in line for form in forms)
+    ]
+    assert not copied
+
+
 @pytest.mark.parametrize(
     "backend, kv_heads, head_dim, heads",
     [("cpu", 8, 64, (8, 64)), ("tpu", 8, 64, (4, 128)), ("tpu", 1, 64, (1, 64)),
