@@ -45,7 +45,7 @@ _MOST_DECODED = 16
 _CHUNK = SIZES[-1]
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 3
+_PROGRAMS = 4
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -203,9 +203,13 @@ class ExpertTiming:
         return timing.scaled(1 / experts)
 
     def _widths(self, size: int) -> tuple[int, ...]:
-        """The widths of blocks in the model's step in which an expert has `size` tokens."""
+        """The widths of blocks in the model's step in which an expert has `size` tokens.
+
+        Of a chunk's, those that any of the sizes needs: each takes its time to compile.
+        """
         tokens = _CHUNK if size > _MOST_DECODED else size
-        return block_widths(tokens, self.moe.experts_per_token, self.moe.num_experts)
+        widths = block_widths(tokens, self.moe.experts_per_token, self.moe.num_experts)
+        return tuple(width for width in widths if width in SIZES or width == widths[-1])
 
     def _dispatch(self, tokens: int, size: int, first: int, experts: int) -> Dispatch:
         """`size` tokens for each of some experts of a group, from the first on, round."""

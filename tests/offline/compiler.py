@@ -81,6 +81,7 @@ def compile_for(
     function: Callable[..., Any],
     *arguments: Any,
     shared_memory: int = 232448,
+    donated: tuple[int, ...] = (),
     **flags: Any,
 ) -> Compiled:
     """Compiles function(*arguments); what the compiler refuses is a JaxRuntimeError.
@@ -88,6 +89,7 @@ def compile_for(
     Args:
       arguments: trees of `array`s.
       shared_memory: bytes a block of an H200 may use; give less to see that a kernel fits others.
+      donated: which of the arguments may become results.
       flags: XLA options; those given to `jax.jit` do not reach the compiler this way.
     """
     platform, described = {
@@ -96,7 +98,8 @@ def compile_for(
     }[target]
     # Lowering a Pallas kernel asks the mesh what device it is for.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+        jitted = jax.jit(function, donate_argnums=donated)
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
     if target == "h200":
         topology: Any = topologies.get_topology_desc(
             "",

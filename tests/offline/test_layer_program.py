@@ -1,6 +1,7 @@
 """The layer program as compiled for accelerators: weights in place, host work beside it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,8 @@ def compile_layer(target, tokens, slots, **flags):
             gates=array((1, EXPERTS), f32),
         ),
     )
-    return compile_for(target, layer, parameters, experts, kv, x, step, curves, tally, **flags)
+    arguments = parameters, experts, kv, x, step, curves, tally
+    return compile_for(target, layer, *arguments, donated=(2, 3, 6), **flags)
 
 
 WEIGHTS = tuple(f"bf16[{rows},{columns}]" for rows, columns in CONFIG.expert_shapes)
@@ -163,6 +165,12 @@ def test_a_fetched_expert_stays_where_it_arrives(target, tokens, slots):
     ]
     assert len(moving) == 2
     assert not any(line.opcode in ("conditional", "while") for lines in moving for line in lines)
+
+
+@on_h200
+def test_pages_are_written_where_they_are(target, tokens, slots):
+    text = layer_program(target, tokens, slots).text
+    assert not re.findall(r"bf16\[(?:64,16|1024),\S* (?:copy|copy-start)\(", text)
 
 
 @on_h200
