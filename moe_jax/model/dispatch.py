@@ -49,16 +49,19 @@ def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
 
     XLA:CPU multiplies up to four columns in a way of its own, and more of them sixteen at a time;
     from a few hundred on, a column costs no less in a wider block. Each width of each expert is
-    compiled, so layers of many experts make do with few.
+    compiled, so short steps and layers of many experts make do with few.
     """
     if tokens <= 4:
         return (tokens,)
     if tokens <= 16:
         return (4, tokens) if experts <= 16 else (4,)
+    if tokens <= 32:
+        return (16,)
     share = 1 << max(16, tokens * choices // experts).bit_length() - 1
     if experts <= 16:
-        step = max(16, share // 4)
-        widths = range(step, 8 * step + 1, step)
+        count = 4 if tokens <= 128 else 8
+        step = max(16, 2 * share // count)
+        widths = range(step, count * step + 1, step)
     else:
         widths = (max(16, share // 2), share, 2 * share)
     fitting = {min(width, tokens, 256) for width in widths}

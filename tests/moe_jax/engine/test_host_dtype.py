@@ -24,13 +24,12 @@ def error(got, expected):
     return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0])
-def test_logits_are_near_those_of_the_model_whichever_way_its_experts_run(tiny, share, engine):
+def test_logits_are_near_those_of_the_model_whichever_way_its_experts_run(tiny, engine):
     expected = engine.logits(PROMPT)
-    hosted = load(tiny, share, host_dtype="int8", missing_experts="host")
+    hosted = load(tiny, 0.5, host_dtype="int8", missing_experts="host")
     logits = hosted.logits(PROMPT)
     assert 1e-4 < error(logits, expected) < 0.05
-    streamed = load(tiny, share, host_dtype="int8", missing_experts="stream")
+    streamed = load(tiny, 0.5, host_dtype="int8", missing_experts="stream")
     np.testing.assert_allclose(streamed.logits(PROMPT), logits, rtol=1e-4, atol=1e-4)
     assert streamed.stats.streamed > 0 and hosted.stats.hosted > 0
     tokens = hosted.generate(PROMPT, max_tokens=8, ignore_eos=True).tokens
