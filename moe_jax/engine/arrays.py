@@ -64,8 +64,7 @@ class ArrayReceiver:
         match = _EXPERT.fullmatch(target)
         residents = self._residents[int(match[1])] if match else []
         if match and int(match[2]) not in residents and self._host_dtype is not None:
-            parts = jax.device_put(store_rows_in_int8(array), array.sharding)
-            self._arrays[target], self._arrays[f"{target}_scale"] = parts
+            self._arrays[target], self._arrays[f"{target}_scale"] = store_rows_in_int8(array)
             return
         if not self._use_bank or not match or int(match[2]) not in residents:
             self._arrays[target] = array

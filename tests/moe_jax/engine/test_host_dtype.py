@@ -85,3 +85,12 @@ def test_the_reference_model_hardly_notices():
     assert nats["int8"] < 1.01 * nats[None]
     same = logits["int8"].argmax(axis=1) == logits[None].argmax(axis=1)
     assert 0.95 < same.mean() < 1
+
+
+def test_either_executor_gives_the_same_logits(tiny):
+    compiled = load(tiny, 0.5, host_dtype="int8", missing_experts="host")
+    driven = load(tiny, 0.5, host_dtype="int8", missing_experts="host", executor="driven")
+    (layer, *_) = driven._runner.model.layers
+    kinds = {part.sharding.memory_kind for expert in layer.experts.host for part in expert}
+    assert kinds == {"pinned_host"}
+    np.testing.assert_allclose(driven.logits(PROMPT), compiled.logits(PROMPT), rtol=1e-5, atol=1e-5)
