@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,16 @@ def measure_engine(way: str, task: Task) -> dict[str, Any]:
     }
 
 
+def _packages(platform: str) -> list[str]:
+    """What Transformers needs to run a model on this platform."""
+    return ["torch", "transformers", *(["accelerate"] if platform == "gpu" else [])]
+
+
 def why_not_transformers(platform: str) -> str | None:
     """Why Transformers cannot be measured beside an engine on this platform; None: it can."""
     if platform not in ("cpu", "gpu"):
         return f"the comparison is made on CPUs and GPUs, and jax runs on {platform}"
-    needed = ["torch", "transformers", *(["accelerate"] if platform == "gpu" else [])]
-    missing = [name for name in needed if find_spec(name) is None]
+    missing = [name for name in _packages(platform) if find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} not installed; pip install {' '.join(missing)}"
     return None
@@ -161,11 +166,7 @@ def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
             placed[weight.device.type] = placed.get(weight.device.type, 0) + weight.nbytes
         # What accelerate fetches for each use has no device of its own: "meta".
         where = ", ".join(f"{format_bytes(size)} on {name}" for name, size in placed.items())
-    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if on_gpu:
-        import accelerate
-
-        packages["accelerate"] = accelerate.__version__
+    packages = {name: metadata.version(name) for name in _packages(platform)}
     return {
         "way": "transformers",
         **rates,
