@@ -4,18 +4,20 @@ Knows pages and positions; which sequence owns which page is decided outside.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import no_type_check
 
 import jax
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from host_offload.memory import zeros
 from moe_jax.config import ModelConfig
 from pallas_kernels.paged_attention import bits_dtype, lane_packing
 
 PAGE_SIZE = 16
+_COPIES_AT_ONCE = 8
 
 
 @no_type_check  # jax rebuilds it with other leaves in the fields
@@ -36,6 +38,21 @@ class LayerKv:
         """Keys and values with an axis for every head; a view."""
         view = lambda pages: pages.reshape(*pages.shape[:2], -1, head_dim)
         return view(self.keys), view(self.values)
+
+
+@no_type_check  # jax rebuilds it with other leaves in the fields
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PageCopies:
+    """Pages to be copied, one entry per row of the pool; unused entries name no page.
+
+    Attributes:
+      source: pages to read.
+      target: pages to overwrite, none of them a source.
+    """
+
+    source: Int32[Array | np.ndarray, " rows"]
+    target: Int32[Array | np.ndarray, " rows"]
 
 
 def kv_bytes_per_page(config: ModelConfig, itemsize: int) -> int:
@@ -87,6 +104,32 @@ def write_kv(
         return pages.at[slot // page_size, slot % page_size].set(rows, mode="drop")
 
     return LayerKv(write(kv.keys, key), write(kv.values, value))
+
+
+def copy_pages(kv: list[LayerKv], copies: PageCopies) -> list[LayerKv]:
+    """Copies pages of all layers in one program; DONATES kv, unless there is nothing to copy.
+
+    Few of the entries are in use as a rule, and a program reads as many pages as it has entries:
+    it is called with a few at a time.
+    """
+    pages = kv[0].keys.shape[0]
+    # As numpy: the copies are found on the host, the pages may be on an accelerator.
+    source, target = np.asarray(copies.source), np.asarray(copies.target)
+    due = np.flatnonzero(target < pages)
+    for start in range(0, due.size, _COPIES_AT_ONCE):
+        some = due[start : start + _COPIES_AT_ONCE]
+        padding = (0, _COPIES_AT_ONCE - some.size)
+        padded = [np.pad(a[some], padding, constant_values=pages) for a in (source, target)]
+        kv = _copy_pages(kv, *padded)
+    return kv
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy_pages(kv, source, target):
+    def copy(pages):
+        return pages.at[target].set(pages.at[source].get(mode="fill"), mode="drop")
+
+    return jax.tree.map(copy, kv)
 
 
 def pages_for(tokens: int) -> int:

@@ -1,6 +1,6 @@
 """The engine: one loaded model and everything a user asks of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,23 +8,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.checkpoint.chat import ChatTemplate
 from moe_jax.checkpoint.orbax import save_checkpoint
 from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
-from moe_jax.decoding.sampling_params import sampling_params
+from moe_jax.decoding.sampling_params import check_vocab, sampling_params
 from moe_jax.engine.arrays import arrays_by_target
-from moe_jax.engine.generation import Request, StepTime, generate_batch
-from moe_jax.engine.monitor import Monitor
-from moe_jax.engine.mover import ExpertMover
+from moe_jax.engine.driver import Driver
+from moe_jax.engine.handle import Handle
+from moe_jax.engine.loop import EngineLoop, Load
+from moe_jax.engine.observer import StepObserver
 from moe_jax.engine.outputs import Completion, Piece
 from moe_jax.engine.plan import Plan
+from moe_jax.engine.progress import RequestProgress
 from moe_jax.engine.prompts import encode_prompt, is_many
 from moe_jax.engine.recording import record_routing
-from moe_jax.engine.runner import NewTokens, Runner, StepReport
+from moe_jax.engine.request import Request, check_beams_fit
+from moe_jax.engine.runner import PREFILL_BUCKETS, NewTokens
 from moe_jax.engine.stats import Stats
 from moe_jax.placement.planner import plan_layers
-from moe_jax.placement.residency import Residency
 from moe_jax.placement.timeline import Timeline, make_timeline
 from moe_jax.placement.trace import RoutingTrace
 
@@ -39,9 +40,9 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        loop: EngineLoop,
+        observer: StepObserver,
         plan: Plan,
-        mover: ExpertMover,
         *,
         source: Path,
         tokenizer: Tokenizer | None,
@@ -52,44 +53,86 @@ class Engine:
         progress: bool,
     ):
         self.plan = plan
-        self.config = runner.model.config
+        self.config = loop.runner.model.config
         self.tokenizer = tokenizer
-        self._runner = runner
+        self._loop = loop
+        self._driver = Driver(loop)
+        self._observer = observer
         self._source = source
         self._template = template
         self._stop_tokens = stop_tokens
         self._capacity = max_tokens
         self._max_seqs = max_seqs
         self._progress = progress
-        self._monitor = Monitor(plan.memory, runner.model.curves)
-        self._mover = mover
-        self._last_step: tuple[StepReport, Residency] | None = None
-        self._run_number = 0
 
-    def generate(self, prompts: Any, **options: Any) -> Completion | list[Completion]:
-        """Continues one prompt, or each of a list of prompts in order.
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """Continues one prompt, or each of a list of prompts; they run together.
 
-        A prompt is text, a list of token ids, or a list of chat messages. Options are the fields
-        of `SamplingParams`: max_tokens, temperature (0, the default, is greedy), top_k, top_p,
-        min_p, repetition_penalty, seed, stop, ignore_eos. A request's tokens depend on its own
-        prompt and seed, not on the others in the list.
+        A prompt is text, a list of token ids, or a list of chat messages. Options are the fields of
+        `SamplingParams`: max_tokens, temperature (0, the default, is greedy), top_k, top_p, min_p,
+        penalties, seed, stop, num_beams and so on. A request's tokens depend on its own prompt and
+        seed, not on what runs beside it.
 
-        Raises ValueError for a bad prompt or option before anything is computed.
+        Returns:
+          A Completion; for a list of prompts a list of them in order. With num_return above 1,
+          each is a list of that many, the best first.
+
+        Raises ValueError for a bad prompt or option before anything is computed. An interrupt ends
+        these requests, and leaves a working engine.
         """
         many = is_many(prompts)
-        requests = self._requests(list(prompts) if many else [prompts], options)
-        pieces: list[list[Piece]] = [[] for _ in requests]
-        for index, piece in self._run(requests):
-            pieces[index].append(piece)
-        completions = [_join(one) for one in pieces]
-        return completions if many else completions[0]
+        requests = [self._request(one, options) for one in (prompts if many else [prompts])]
+        handles = [self._loop.submit(request) for request in requests]
+        progress = RequestProgress(handles, self._progress and _is_long(requests))
+        try:
+            for handle in handles:
+                while not handle.done:
+                    self._loop.advance(lambda handle=handle: handle.done)
+                    progress.update()
+            results = [handle.result() for handle in handles]
+        finally:
+            progress.close()
+            for handle in handles:
+                handle.cancel()
+        return results if many else results[0]
+
+    def submit(self, prompt: Any, **options: Any) -> Handle:
+        """Queues a prompt and returns at once; options as in `generate`.
+
+        The handle gives the pieces or the result, running the steps it needs, and cancels.
+
+        Raises ValueError for a bad prompt or option.
+        """
+        if is_many(prompt):
+            raise ValueError("submit takes one prompt; call it once for each, or use generate")
+        return self._loop.submit(self._request(prompt, options))
 
     def stream(self, prompt: Any, **options: Any) -> Iterator[Piece]:
-        """Continues one prompt, yielding text as soon as it is whole; options as in `generate`."""
+        """Continues one prompt, yielding text as soon as it is whole; options as in `generate`.
+
+        Closing the iterator cancels the request.
+        """
         if is_many(prompt):
             raise ValueError("stream takes one prompt; use generate for a list")
-        requests = self._requests([prompt], options)
-        return (piece for _, piece in self._run(requests))
+        return self.submit(prompt, **options).pieces()
+
+    def astream(self, prompt: Any, **options: Any) -> AsyncGenerator[Piece, None]:
+        """`stream` for event loops; many at once run together, in a thread of the engine.
+
+        Raises ValueError at once for a bad prompt or option.
+        """
+        return self._driver.pieces(self.submit(prompt, **options))
+
+    def agenerate(
+        self, prompt: Any, **options: Any
+    ) -> Coroutine[Any, Any, Completion | list[Completion]]:
+        """`generate` of one prompt for event loops; cancelling the awaiting task cancels it."""
+        return self._driver.result(self.submit(prompt, **options))
+
+    @property
+    def load_now(self) -> Load:
+        """How many requests run and wait, and how much of the KV cache is free."""
+        return self._loop.load
 
     def logits(self, tokens: Any) -> Float[np.ndarray, "... vocab"]:
         """The float32 logits after every token: int [seq] or [batch, seq] -> [..., vocab]."""
@@ -102,11 +145,10 @@ class Engine:
         if not len(ids):
             raise ValueError("logits was given no tokens; give at least one row of token ids")
         rows = [self._encode(row.tolist()) for row in np.atleast_2d(ids)]
-        self._take_over()
         parts = []
         for row in rows:
-            (pages,) = assign_pages([len(row)], self._runner.pages)
-            parts.append(self._runner.all_logits(NewTokens(row, 0, len(row), pages)))
+            with self._loop.borrow_pages(len(row)) as pages:
+                parts.append(self._loop.runner.all_logits(NewTokens(row, 0, len(row), pages)))
         logits = np.stack(parts)
         return logits if ids.ndim == 2 else logits[0]
 
@@ -123,8 +165,8 @@ class Engine:
                 f"prompt_tokens must lie between 0 and the {len(tokens)} tokens of the text, "
                 f"got {prompt_tokens}"
             )
-        self._take_over()
-        return record_routing(self._runner, tokens, prompt_tokens)
+        with self._loop.borrow_pages(len(tokens)) as pages:
+            return record_routing(self._loop.runner, tokens, prompt_tokens, pages)
 
     def last_routing(
         self,
@@ -133,7 +175,7 @@ class Engine:
 
         Raises ValueError if nothing was generated yet.
         """
-        report, residency = self._step_to_show()
+        report, residency = self._observer.last_step()
         return np.asarray(report.tally.counts), residency.resident
 
     def timeline(self) -> Timeline:
@@ -143,30 +185,38 @@ class Engine:
 
         Raises ValueError if nothing was generated yet.
         """
-        report, _ = self._step_to_show()
-        model, (counts, resident) = self._runner.model, self.last_routing()
-        plans = plan_layers(self._runner.programs.planner, counts, resident, model.curves)
+        report, _ = self._observer.last_step()
+        model, (counts, resident) = self._loop.runner.model, self.last_routing()
+        plans = plan_layers(self._loop.runner.programs.planner, counts, resident, model.curves)
         return make_timeline(
             counts,
             np.asarray(plans.mode),
             model.curves,
-            self._monitor.dense_seconds(report.tokens) / self.config.layers,
+            self._observer.monitor.dense_seconds(report.tokens) / self.config.layers,
         )
 
     @property
     def stats(self) -> Stats:
         """Totals since loading: tokens, seconds, experts by placement, bytes."""
-        self._monitor.after_other(self._runner.take_reports())
-        stats = self._monitor.stats(self._runner.programs.traces, self._mover.swaps)
-        done = self._runner.programs.prefetcher
-        return replace(stats, prefetched=done.begun, prefetched_useful=done.useful)
+        programs = self._loop.runner.programs
+        with self._loop.paused():
+            self._observer.after_other()
+        return replace(
+            self._observer.monitor.stats(programs.traces, self._observer.mover.swaps),
+            prefetched=programs.prefetcher.begun,
+            prefetched_useful=programs.prefetcher.useful,
+            cached_tokens=self._loop.seating.cached_tokens,
+            restarts=self._loop.seating.restarts,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes an Orbax checkpoint with config and tokenizer that `moe_jax.load` reads.
 
         The folder appears only when it is complete. Raises ValueError if it is there already.
         """
-        save_checkpoint(Path(folder), arrays_by_target(self._runner.model), self._source)
+        with self._loop.paused():
+            arrays = arrays_by_target(self._loop.runner.model)
+        save_checkpoint(Path(folder), arrays, self._source)
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         return encode_prompt(
@@ -178,72 +228,33 @@ class Engine:
             capacity=self._capacity,
         )
 
-    def _requests(self, prompts: Sequence[Any], options: dict[str, Any]) -> list[Request]:
+    def _request(self, prompt: Any, options: dict[str, Any]) -> Request:
         params = sampling_params(**options)
+        check_vocab(params, self.config.vocab)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer: {missing_tokenizer(self._source)}")
-        stop_tokens = frozenset() if params.ignore_eos else self._stop_tokens
-        requests = []
-        for prompt in prompts:
-            tokens = self._encode(prompt)
-            # The last sampled token is never stored, hence one more than there is room for.
-            limit = min(params.max_tokens, self._capacity - len(tokens) + 1)
-            # The tokens before decide whether the continuation of a text starts with a space.
-            context = tokens[-8:] if isinstance(prompt, str) else ()
-            requests.append(Request(tokens, params, limit, stop_tokens, context))
-        return requests
-
-    def _take_over(self) -> int:
-        """Makes the KV pages ours; a stream that still used them is over."""
-        self._run_number += 1
-        self._runner.restore_kv()
-        self._monitor.after_other(self._runner.take_reports())
-        return self._run_number
-
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
-        done = 0
-        while done < len(requests):
-            batch = self._next_batch(requests[done:])
-            number = self._take_over()
-            pieces = generate_batch(
-                self._runner, batch, self.tokenizer, self._after_step, self._progress
+        if params.num_beams > self._max_seqs:
+            raise ValueError(
+                f"num_beams={params.num_beams} needs as many seats, the engine has "
+                f"max_seqs={self._max_seqs}; load the model with a larger max_seqs="
             )
-            for index, piece in pieces:
-                yield done + index, piece
-                if number != self._run_number and piece.finish_reason is None:
-                    raise RuntimeError(
-                        "this stream is over: the engine was used for something else before "
-                        "the stream had ended; read a stream to its end first"
-                    )
-            done += len(batch)
-
-    def _step_to_show(self) -> tuple[StepReport, Residency]:
-        if self._last_step is None:
-            raise ValueError("there is no step to show yet; generate something first")
-        return self._last_step
-
-    def _after_step(self, step: StepTime) -> None:
-        reports = self._runner.take_reports()
-        self._monitor.after_step(step, reports)
-        self._last_step = reports[-1], self._mover.residency
-        self._mover.after_step(reports, step.prompt_tokens)
-
-    def _next_batch(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """As many of the first requests as there are seats and KV for."""
-        used = 0
-        for count, request in enumerate(requests):
-            used += len(request.prompt) + request.limit - 1
-            if count and (used > self._capacity or count >= self._max_seqs):
-                return requests[:count]
-        return requests
+        tokens = self._encode(prompt)
+        # The last sampled token is never stored, hence one more than there is room for.
+        limit = min(params.max_tokens, self._capacity - len(tokens) + 1)
+        if params.num_beams > 1:
+            check_beams_fit(len(tokens), params, self._loop.seating.pages)
+            limit = params.max_tokens
+        return Request(
+            prompt=tokens,
+            params=params,
+            limit=limit,
+            stop_tokens=frozenset() if params.ignore_eos else self._stop_tokens,
+            # The tokens before decide whether the continuation of a text starts with a space.
+            context=tokens[-8:] if isinstance(prompt, str) else (),
+            tokenizer=self.tokenizer,
+        )
 
 
-def _join(pieces: Sequence[Piece]) -> Completion:
-    reason = pieces[-1].finish_reason
-    assert reason is not None, "a sequence ended without a reason"
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        tokens=tuple(piece.token for piece in pieces),
-        logprobs=tuple(piece.logprob for piece in pieces),
-        finish_reason=reason,
-    )
+def _is_long(requests: Sequence[Request]) -> bool:
+    """Whether a progress bar is worth while."""
+    return len(requests) > 1 or len(requests[0].prompt) > 2 * PREFILL_BUCKETS[-1]

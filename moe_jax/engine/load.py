@@ -1,5 +1,6 @@
 """Loads a checkpoint into an engine."""
 
+import hashlib
 import importlib.resources
 import os
 import sys
@@ -23,9 +24,14 @@ from moe_jax.engine.arrays import ArrayReceiver
 from moe_jax.engine.costs import MissingExperts, force, measure_costs
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.initial_placement import place_experts
+from moe_jax.engine.loop import EngineLoop
+from moe_jax.engine.monitor import Monitor
 from moe_jax.engine.mover import ExpertMover
+from moe_jax.engine.observer import StepObserver
 from moe_jax.engine.plan import make_plan
 from moe_jax.engine.runner import Runner
+from moe_jax.engine.sampler import Sampler
+from moe_jax.engine.seating import Seating
 from moe_jax.engine.sizing import plan_for, read_dtype
 from moe_jax.model.programs import Executor, Programs
 from moe_jax.placement.memory_plan import MemoryPlan
@@ -43,8 +49,9 @@ def load(
     host_memory: str | int | None = None,
     dtype: str = "bfloat16",
     host_dtype: Literal["int8"] | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int | None = 4096,
     max_seqs: int = 8,
+    expected_share: float = 1.0,
     missing_experts: MissingExperts = "auto",
     planner: Planner | None = None,
     residency: str | Policy | None = None,
@@ -66,8 +73,12 @@ def load(
         faster wherever memory or link are the limit, and an approximation, in contrast to all
         else: results then depend on which experts are on the device. They keep their places. None:
         `dtype`.
-      max_tokens: the capacity of the KV cache, over all sequences that run together.
-      max_seqs: how many sequences run together at most.
+      max_tokens: the capacity of the KV cache, over all sequences that run together; None: what
+        weights and workspace leave of the device's memory, at least 4096.
+      max_seqs: how many sequences run together at most; each beam is one.
+      expected_share: the share of its max_tokens that a request is expected to use. With 1, it
+        starts when the KV cache is sure to suffice. With less, more run together; where they turn
+        out longer, the last of them is put back and computed again later, with the same tokens.
       missing_experts: how experts that are not on the device run: "auto" lets the planner choose
         per expert and step, "stream" always copies their weights over, "host" always computes
         them on the CPU.
@@ -94,12 +105,16 @@ def load(
     weights_dtype = read_dtype(dtype)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    sizes = {"max_tokens": (max_tokens, 1), "max_seqs": (max_seqs, 1)}
+    sizes = {"max_seqs": (max_seqs, 1)}
+    if max_tokens is not None:
+        sizes["max_tokens"] = max_tokens, 1
     if max_swaps is not None:
         sizes["max_swaps"] = max_swaps, 0
     for name, (value, least) in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if not isinstance(expected_share, int | float) or not 0 <= expected_share <= 1:
+        raise ValueError(f"expected_share must be a number from 0 to 1, got {expected_share!r}")
     if host_dtype not in (None, "int8"):
         raise ValueError(f"host_dtype must be None or 'int8', got {host_dtype!r}")
     if residency is None:
@@ -160,16 +175,26 @@ def load(
         prefetch,
         streams=missing_experts != "host",
     )
-    runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages)
+    runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages, max_seqs)
+    plan = make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer)
+    most = sum(config.moe_layers) if max_swaps is None else max_swaps
+    observer = StepObserver(runner, Monitor(memory, curves), ExpertMover(runner, policy, most))
+    seating = Seating(
+        pages=memory.kv_pages,
+        rows=max_seqs,
+        expected_share=expected_share,
+        identity=hashlib.sha256(repr((config, dtype)).encode()).digest(),
+    )
+    sampler = Sampler(config.vocab, max_seqs)
     return Engine(
-        runner,
-        make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer),
-        ExpertMover(runner, policy, sum(config.moe_layers) if max_swaps is None else max_swaps),
+        EngineLoop(runner, seating, sampler, observer),
+        observer,
+        plan,
         source=folder,
         tokenizer=tokenizer,
         template=template,
         stop_tokens=ends,
-        max_tokens=max_tokens,
+        max_tokens=memory.max_tokens,
         max_seqs=max_seqs,
         progress=progress,
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.engine.generation import StepTime
 from moe_jax.engine.runner import StepReport
 from moe_jax.engine.stats import Stats, StepTimes
 from moe_jax.engine.work import WorkCosts, busy_seconds, work_costs
@@ -19,6 +18,23 @@ from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.memory_plan import MemoryPlan
 from moe_jax.placement.planner import Mode
 from moe_jax.placement.timeline import LANES
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step, sampling included.
+
+    Attributes:
+      tokens: new tokens that it ran, of prompts and of sequences that decode.
+      prompt_tokens: those of prompts; 0 where all its sequences decode.
+      sampled_tokens: tokens that it gave.
+      seconds: wall-clock.
+    """
+
+    tokens: int
+    prompt_tokens: int
+    sampled_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ class ExpertMover:
         self.swaps = 0
 
     def after_step(self, reports: Sequence[StepReport], prompt_tokens: int) -> None:
-        """Learns from one prefill (`prompt_tokens` > 0) or decode step, and swaps what pays."""
+        """Learns from a step, and swaps what pays.
+
+        `prompt_tokens` is 0 in decode; with prompts in it, the number of all its tokens.
+        """
         if not self.residency.policy.moves or not reports:
             return
         counts = np.stack([report.tally.counts for report in reports]).sum(axis=0, dtype=np.int64)

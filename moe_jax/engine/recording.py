@@ -4,31 +4,33 @@ Knows the runner; what is done with a trace is the simulator's business.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+from jaxtyping import Int
 
-from moe_jax.cache.paged_kv import assign_pages
-from moe_jax.engine.runner import NewTokens, Runner
+from moe_jax.engine.runner import PREFILL_BUCKETS, NewTokens, Runner
 from moe_jax.placement.trace import RoutingTrace, make_trace
 
 
-def record_routing(runner: Runner, tokens: Sequence[int], prompt_tokens: int) -> RoutingTrace:
+def record_routing(
+    runner: Runner,
+    tokens: Sequence[int],
+    prompt_tokens: int,
+    pages: Int[np.ndarray, " pages_per_seq"],
+) -> RoutingTrace:
     """Prefills the first tokens, then feeds the others one by one, as decoding would.
 
     Returns a trace of the layers with experts: one step for every chunk of the prompt, one for
     every token after it.
     """
-    (pages,) = assign_pages([len(tokens)], runner.pages)
+    chunk = PREFILL_BUCKETS[-1]
+    starts = [*range(0, prompt_tokens, chunk), *range(prompt_tokens, len(tokens))]
     runner.take_reports()
-    if prompt_tokens:
-        runner.prefill(NewTokens(tokens[:prompt_tokens], 0, len(tokens), pages))
+    for start, end in pairwise([*starts, len(tokens)]):
+        runner.step([NewTokens(tokens[start:end], start, len(tokens), pages)], [end - start - 1])
     reports = runner.take_reports()
-    prefill = [True] * len(reports)
-    for position in range(prompt_tokens, len(tokens)):
-        new = NewTokens([tokens[position]], position, len(tokens), pages)
-        runner.decode([new], 1)
-        reports += runner.take_reports()
-        prefill.append(False)
+    prefill = [start < prompt_tokens for start in starts]
     config = runner.model.config
     layers = np.flatnonzero(config.moe_layers)
     return make_trace(

@@ -3,7 +3,7 @@
 Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from host_offload.interrupts import hold_interrupts
-from moe_jax.cache.paged_kv import PAGE_SIZE, allocate_kv
+from moe_jax.cache.page_pool import PageCopies
+from moe_jax.cache.paged_kv import allocate_kv, copy_pages
 from moe_jax.config import ModelConfig
 from moe_jax.engine.swap import swap_experts
 from moe_jax.model.compiled import ServedLayer
@@ -22,6 +23,8 @@ from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
 
 PREFILL_BUCKETS = (32, 128, 512)
+# New tokens of a sequence in a step that verifies drafts: its last token and what was guessed.
+VERIFY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class NewTokens:
       cached: how many of its tokens are in the pages already.
       length: the total length its rotary frequencies are chosen for.
       pages: its row of the block table.
+      verify: whether all but the first of the tokens are guesses to verify.
     """
 
     tokens: Sequence[int]
     cached: int
     length: int
     pages: Int[np.ndarray, " pages_per_seq"]
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,27 @@ class StepReport:
 class Runner:
     """Executes steps of one model over its own KV pages."""
 
-    def __init__(self, model: ServedModel, programs: Programs, pages: int):
+    def __init__(self, model: ServedModel, programs: Programs, pages: int, max_seqs: int):
         self.model = model
         self.programs = programs
         self.pages = pages
+        self._seqs = bucket_of(max_seqs)
         self._kv = allocate_kv(model.config, pages, model.dtype)
         self._unread: list[StepReport] = []
 
-    def restore_kv(self) -> None:
-        """Allocates anew what an interrupted step donated and did not give back."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv)):
+    def restore_kv(self) -> bool:
+        """Allocates anew what an interrupted step donated and did not give back.
+
+        Returns whether it had to: what the pages held is lost then.
+        """
+        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv))
+        if lost:
             self._kv = allocate_kv(self.model.config, self.pages, self.model.dtype)
+        return lost
+
+    def copy_pages(self, copies: PageCopies) -> None:
+        """Copies whole pages in every layer, before a sequence writes into its own copy."""
+        self._kv = copy_pages(self._kv, copies)
 
     def take_reports(self) -> list["StepReport"]:
         """The steps since the last call; waits until they are done."""
@@ -106,24 +121,29 @@ class Runner:
             layers = (*self.model.layers[:layer], swapped, *self.model.layers[layer + 1 :])
             self.model = replace(self.model, layers=layers)
 
-    def decode(self, batch: Sequence[NewTokens], bucket: int) -> Float[Array, "bucket vocab"]:
-        """One new token per sequence; the first len(batch) rows are their logits."""
-        x = self._run(batch, tokens=bucket, seqs=bucket, max_query_length=1)
-        return self._logits(x, np.arange(bucket, dtype=np.int32))
+    def step(self, batch: Sequence[NewTokens], wanted: Sequence[int]) -> Float[Array, "rows vocab"]:
+        """Runs the new tokens of several sequences together.
 
-    def prefill(
-        self,
-        new: NewTokens,
-        on_chunk: Callable[[int], object] | None = None,
-    ) -> Float[Array, "1 vocab"]:
-        """Adds any number of tokens of one sequence; returns the logits after the last."""
-        chunks = self._chunks(new)
-        x, used = next(chunks)
-        for following in chunks:
-            if on_chunk is not None:
-                on_chunk(used)
-            x, used = following
-        return self._logits(x, np.array([used - 1], np.int32))
+        `wanted` are places in the batch's tokens laid end to end; the first len(wanted) rows of
+        the result are the logits after them. Shapes are few: one new token per sequence (decode),
+        at most VERIFY_TOKENS, or a prefill bucket over all of them.
+        """
+        longest = max(len(new.tokens) for new in batch)
+        total = sum(len(new.tokens) for new in batch)
+        seqs = bucket_of(len(batch))
+        if longest == 1:
+            x = self._run(batch, seqs, seqs, 1)
+            rows = seqs
+        elif all(new.verify or len(new.tokens) == 1 for new in batch):
+            x = self._run(batch, seqs * VERIFY_TOKENS, seqs, VERIFY_TOKENS)
+            rows = seqs * VERIFY_TOKENS
+        else:
+            bucket = next(size for size in PREFILL_BUCKETS if size >= total)
+            x = self._run(batch, bucket, self._seqs, bucket)
+            rows = self._seqs if len(wanted) <= self._seqs else self._seqs * VERIFY_TOKENS
+        places = np.zeros(rows, np.int32)
+        places[: len(wanted)] = wanted
+        return self._logits(x, places)
 
     def all_logits(self, new: NewTokens) -> Float[np.ndarray, "tokens vocab"]:
         """Adds any number of tokens of one sequence; returns the logits after each of them."""
@@ -139,7 +159,7 @@ class Runner:
             tokens = new.tokens[start : start + PREFILL_BUCKETS[-1]]
             bucket = next(size for size in PREFILL_BUCKETS if size >= len(tokens))
             chunk = NewTokens(tokens, new.cached + start, new.length, new.pages)
-            yield self._run([chunk], bucket, seqs=1, max_query_length=bucket), len(tokens)
+            yield self._run([chunk], bucket, self._seqs, bucket), len(tokens)
 
     def _run(
         self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int
@@ -177,6 +197,6 @@ def pack_step(batch: Sequence[NewTokens], tokens: int, seqs: int) -> StepInputs:
     return StepInputs(flat, starts, kv_lengths, rope_lengths, tables)
 
 
-def kv_capacity(pages: int) -> int:
-    """Tokens that fit in this many pages."""
-    return pages * PAGE_SIZE
+def bucket_of(count: int) -> int:
+    """The power of two that `count` is rounded up to."""
+    return 1 << (count - 1).bit_length()

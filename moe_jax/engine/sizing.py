@@ -28,7 +28,7 @@ def plan_for(
     host_bytes: int,
     dtype: str,
     host_dtype: str | None = None,
-    max_tokens: int,
+    max_tokens: int | None,
     max_seqs: int,
 ) -> MemoryPlan:
     """The memory plan of an engine with these options; raises ValueError where it cannot fit."""

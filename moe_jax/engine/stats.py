@@ -70,8 +70,11 @@ class Stats:
 
     Attributes:
       prompt_tokens, generated_tokens: tokens prefilled and sampled.
-      decode_tokens: those of the sampled tokens that a decode step gave, not a prefill.
-      prefill_seconds, decode_seconds: wall-clock, compilation included.
+      cached_tokens: tokens of prompts that were not computed, because earlier requests had.
+      restarts: how often a request lost its pages to others, and was prefilled again.
+      decode_tokens: those of the sampled tokens that a step without any prompt gave.
+      prefill_seconds, decode_seconds: wall-clock of steps with and without tokens of prompts,
+        compilation included.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens.
       swapped: experts that changed places with a resident one, between steps.
@@ -87,6 +90,8 @@ class Stats:
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
+    restarts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_tokens: int = 0
@@ -158,6 +163,7 @@ class Stats:
             f"moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
             + self._prefetch_text()
+            + self._cache_text()
             + _error_text("prefill", self.prefill_error)
             + _error_text("decode", self.decode_error)
             + _times_text("prefill", self.prefill_times)
@@ -168,6 +174,10 @@ class Stats:
         if not self.prefetched:
             return ""
         return f" | {self.prefetched} prefetched, {self.prefetched_useful} of use"
+
+    def _cache_text(self) -> str:
+        text = f" | {self.cached_tokens} prompt tokens from the KV cache" * bool(self.cached_tokens)
+        return text + f" | {self.restarts} restarts" * bool(self.restarts)
 
 
 def _error_text(phase: str, error: float | None) -> str:

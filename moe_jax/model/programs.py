@@ -76,7 +76,7 @@ class Programs:
         return self._head(final_norm, unembedding, x, rows)
 
     def _embed_step(self, pages, page_size, embedding, step):
-        self.traces["embed", step.tokens.shape[0]] += 1
+        self.traces["embed", step.tokens.shape[0], step.kv_lengths.shape[0]] += 1
         state = prepare_step(step, self._config, pages, page_size)
         tally = Tally.empty(self._config.layers, self._config.moe.num_experts)
         return embedding[step.tokens], state, tally

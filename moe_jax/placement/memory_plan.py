@@ -9,6 +9,8 @@ from host_offload.memory import format_bytes
 from moe_jax.cache.paged_kv import PAGE_SIZE, kv_bytes_per_page, pages_for
 from moe_jax.config import ModelConfig
 
+LEAST_KV_TOKENS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -17,7 +19,8 @@ class MemoryPlan:
     Attributes:
       device_bytes: the budget on the device.
       dense_bytes: embeddings, attention, norms, routers, shared experts.
-      kv_pages, kv_bytes: the KV cache.
+      max_tokens: tokens in the KV cache, over all sequences.
+      kv_pages, kv_bytes: its pages, with one more for each sequence's last that may be part full.
       workspace_bytes: activations of the largest step and two experts in transit.
       expert_bytes: one routed expert on the device.
       host_expert_bytes: one routed expert in host memory.
@@ -28,6 +31,7 @@ class MemoryPlan:
 
     device_bytes: int
     dense_bytes: int
+    max_tokens: int
     kv_pages: int
     kv_bytes: int
     workspace_bytes: int
@@ -92,21 +96,30 @@ def plan_memory(
     dense_bytes: int,
     device_bytes: int,
     host_bytes: int,
-    max_tokens: int,
+    max_tokens: int | None,
     max_seqs: int,
     largest_step: int,
 ) -> MemoryPlan:
     """Fills the device with dense weights, KV, workspace, then as many experts as fit.
 
     `largest_step` is the most tokens in one step; `host_expert_bytes` is None where experts are on
-    the host as they are on the device. Every layer gets the same number of slots; what is left over
-    gives the first layers one more. Raises ValueError that says how many bytes are
-    short if the fixed parts exceed the device budget or the other experts the host budget.
+    the host as they are on the device. `max_tokens` is None for a KV cache of what all weights and
+    the workspace leave, between LEAST_KV_TOKENS and the model's context for every sequence. Every
+    layer gets the same number of slots; what is left over gives the first layers one more.
+
+    Raises ValueError that says how many bytes are short if the fixed parts exceed the device budget
+    or the other experts the host budget.
     """
     gate_up, down = config.expert_shapes
     expert_bytes = (gate_up[0] * gate_up[1] + down[0] * down[1]) * itemsize
     experts = tuple(config.moe.num_experts if moe else 0 for moe in config.moe_layers)
     moe_layers = sum(config.moe_layers)
+    activations = _activation_bytes(config, itemsize, largest_step, max_seqs)
+    if max_tokens is None:
+        left = device_bytes - dense_bytes - activations - sum(experts) * expert_bytes
+        pages = left // kv_bytes_per_page(config, itemsize) - max_seqs + 1
+        most = max(config.max_positions * max_seqs, LEAST_KV_TOKENS)
+        max_tokens = min(max(pages * PAGE_SIZE, LEAST_KV_TOKENS), most)
     # Each sequence may leave its last page unfilled; those pages come on top of max_tokens.
     kv_pages = pages_for(max_tokens) + max_seqs - 1
     kv_bytes = kv_pages * kv_bytes_per_page(config, itemsize)
@@ -114,7 +127,7 @@ def plan_memory(
 
     def workspace(offloaded: bool) -> int:
         in_transit = 2 * expert_bytes if offloaded else 0
-        return in_transit + _activation_bytes(config, itemsize, largest_step, max_seqs)
+        return in_transit + activations
 
     everything = fixed + workspace(False) + sum(experts) * expert_bytes
     offloaded = everything > device_bytes
@@ -138,6 +151,7 @@ def plan_memory(
     plan = MemoryPlan(
         device_bytes=device_bytes,
         dense_bytes=dense_bytes,
+        max_tokens=max_tokens,
         kv_pages=kv_pages,
         kv_bytes=kv_bytes,
         workspace_bytes=workspace(offloaded),

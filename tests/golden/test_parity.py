@@ -51,11 +51,11 @@ def test_logits_equal_transformers(pair):
 def test_chunks_and_decode_equal_one_forward(pair):
     _, engine = pair
     tokens = draw_tokens(engine.config.vocab, TOKENS).tolist()
-    runner = engine._runner
+    runner = engine._loop.runner
     (pages,) = assign_pages([TOKENS], runner.pages)
     step = lambda first, last: NewTokens(tokens[first:last], first, TOKENS, pages)
     parts = [runner.all_logits(step(0, 33)), runner.all_logits(step(33, 60))]
-    parts += [np.asarray(runner.decode([step(i, i + 1)], 1))[:1] for i in range(60, TOKENS)]
+    parts += [np.asarray(runner.step([step(i, i + 1)], [0])) for i in range(60, TOKENS)]
     assert largest_difference(np.concatenate(parts), engine.logits(tokens)) < 1e-5
 
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.decoding.sampling_params import SamplingParams, sampling_params
+from moe_jax.decoding.sampling_params import SamplingParams, check_vocab, sampling_params
 
 
 def test_defaults_are_greedy():
@@ -26,6 +26,19 @@ def test_values_are_made_plain():
 
 def test_one_stop_string_alone():
     assert sampling_params(stop="ab").stop == ("ab",)
+
+
+def test_biases_are_kept_as_sorted_pairs():
+    given = {np.int64(7): 1, 3: np.float32(-0.5)}
+    params = sampling_params(logit_bias=given)
+    given.clear()
+    assert params.logit_bias == ((3, -0.5), (7, 1.0))
+    assert dataclasses.replace(params, seed=3).logit_bias == params.logit_bias
+    assert hash(params) == hash(sampling_params(logit_bias={3: -0.5, 7: 1}))
+
+
+def test_the_most_biases():
+    assert len(sampling_params(logit_bias=dict.fromkeys(range(300), 1)).logit_bias) == 300
 
 
 @pytest.mark.parametrize(
@@ -61,6 +74,29 @@ def test_one_stop_string_alone():
         ("stop", ["a", 3], r"stop string 1 must be a string, got 3"),
         ("stop", 3, r"stop must be a string or a list of strings, got 3"),
         ("ignore_eos", 1, r"ignore_eos must be True or False, got 1"),
+        ("min_tokens", -1, r"min_tokens must be at least 0, got -1"),
+        ("presence_penalty", 2.1, r"presence_penalty must be a number from -2 to 2, got 2\.1"),
+        ("frequency_penalty", math.nan, r"frequency_penalty must be .*-2 to 2, got nan"),
+        ("logit_bias", [(3, 1.0)], r"logit_bias must be a mapping of token ids .*got \[\(3, 1\.0"),
+        ("logit_bias", {"3": 1}, r"each token id of logit_bias must be a whole number, got '3'"),
+        ("logit_bias", {-3: 1}, r"each token id of logit_bias must be at least 0, got -3"),
+        ("logit_bias", {3: 101}, r"logit_bias of token 3 must be .*from -100 to 100, got 101"),
+        ("logit_bias", {3: None}, r"logit_bias of token 3 must be a number .*got None"),
+        (
+            "logit_bias",
+            dict.fromkeys(range(301), 1),
+            r"logit_bias has 301 tokens, but at most 300 .*forbid many tokens with allowed_tokens",
+        ),
+        ("allowed_tokens", [1, 2], r"allowed_tokens must be a function of .*got \[1, 2\]"),
+        ("logprobs", 21, r"logprobs must be in 0\.\.20, got 21"),
+        ("logprobs", True, r"logprobs must be a whole number, got True"),
+        ("num_beams", 0, r"num_beams must be at least 1, got 0"),
+        ("num_return", 0, r"num_return must be at least 1, got 0"),
+        ("length_penalty", 6, r"length_penalty must be a number from -5 to 5, got 6"),
+        ("early_stopping", "always", r'must be True, False or "never", got \'always\''),
+        ("early_stopping", 1, r'early_stopping must be True, False or "never", got 1'),
+        ("prompt_lookup", 65, r"prompt_lookup must be in 0\.\.64, got 65"),
+        ("priority", 0.5, r"priority must be a whole number, got 0\.5"),
     ],
 )
 def test_bad_values(name, value, text):
@@ -77,3 +113,32 @@ def test_unknown_option():
         sampling_params(temprature=1.0)
     with pytest.raises(ValueError, match=r"unknown option 'zzz'; the sampling options are"):
         sampling_params(zzz=1)
+
+
+def test_biases_of_tokens_outside_the_vocabulary():
+    params = sampling_params(logit_bias={9: 1, 10: 1, 11: -1})
+    check_vocab(params, 12)
+    with pytest.raises(
+        ValueError,
+        match=r"logit_bias names token 10, but .*has 10 tokens \(0 to 9\); remove it",
+    ):
+        check_vocab(params, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "plain", "counts"),
+    [
+        ({}, True, False),
+        ({"logprobs": 3, "stop": "a", "top_p": 0.5, "prompt_lookup": 4}, True, False),
+        ({"temperature": 0.5}, False, False),
+        ({"repetition_penalty": 1.1}, False, True),
+        ({"presence_penalty": -0.1}, False, True),
+        ({"frequency_penalty": 0.1}, False, True),
+        ({"logit_bias": {3: 1}}, False, False),
+        ({"min_tokens": 1}, False, False),
+        ({"allowed_tokens": lambda generated: None}, False, False),
+    ],
+)
+def test_what_a_request_needs(options, plain, counts):
+    params = sampling_params(**options)
+    assert (params.plain_greedy, params.counts_tokens) == (plain, counts)

@@ -24,7 +24,7 @@ def load_half(folder, **options):
     """Half of the experts resident, on a machine where host and link share the others."""
     budget = device_memory_for(folder, experts=0.5, **SIZES)
     engine = moe_jax.load(folder, device_memory=budget, progress=False, **SIZES, **options)
-    model = engine._runner.model
+    model = engine._loop.runner.model
     even = jnp.full_like(model.curves.host, 1.0)
     curves = dataclasses.replace(
         model.curves,
@@ -34,7 +34,7 @@ def load_half(folder, **options):
         host_beside=jnp.float32(1),
         link_beside=jnp.float32(1),
     )
-    engine._runner.model = dataclasses.replace(model, curves=curves)
+    engine._loop.runner.model = dataclasses.replace(model, curves=curves)
     return engine
 
 
@@ -54,7 +54,7 @@ def expected(tiny):
 
 
 def test_text_and_logits_are_the_same_to_the_bit(driven, expected):
-    assert isinstance(driven._runner.model.layers[0].program, DrivenProgram)
+    assert isinstance(driven._loop.runner.model.layers[0].program, DrivenProgram)
     before = driven.stats
     logits, done = everything(driven)
     np.testing.assert_array_equal(logits, expected[0])
@@ -73,20 +73,20 @@ def test_nothing_is_compiled_twice(driven):
 
 def test_experts_change_places(driven, expected):
     for layer, incoming, outgoing in ((0, 3, 0), (2, 2, 1), (0, 0, 1)):
-        driven._runner.swap(layer, incoming, outgoing)
-        assert violations(driven._runner.model.layers[layer].experts) == []
+        driven._loop.runner.swap(layer, incoming, outgoing)
+        assert violations(driven._loop.runner.model.layers[layer].experts) == []
         np.testing.assert_allclose(
             driven.logits(TOKENS), expected[0], atol=1e-5 * abs(expected[0]).max()
         )
 
 
 def test_driven_experts_lie_in_the_memory_of_the_cpu(driven, tiny, engine):
-    for layer in driven._runner.model.layers:
+    for layer in driven._loop.runner.model.layers:
         for expert in layer.experts.host if layer.experts else ():
             for array in expert:
                 assert array.devices() == {jax.local_devices(backend="cpu")[0]}
                 assert array.sharding.memory_kind == "pinned_host"
-    stored, plain = (arrays_by_target(e._runner.model) for e in (driven, engine))
+    stored, plain = (arrays_by_target(e._loop.runner.model) for e in (driven, engine))
     for name, array in plain.items():
         np.testing.assert_array_equal(stored[name], array, err_msg=name)
 
@@ -117,10 +117,13 @@ def test_the_limit_of_pinned_memory_holds_for_compiled_layers_only(tiny, monkeyp
 def test_only_driven_layers_prefetch(tiny, driven):
     with pytest.raises(ValueError, match="prefetch=True needs executor='driven', got 'compiled'"):
         moe_jax.load(tiny, prefetch=True, **SIZES)
-    assert not driven._runner.programs.prefetcher.on  # not asked for, and this is a CPU
+    assert not driven._loop.runner.programs.prefetcher.on  # not asked for, and this is a CPU
     ahead = moe_jax.load(tiny, executor="driven", prefetch=True, **SIZES)
-    assert ahead._runner.programs.prefetcher.on
-    ahead._runner.programs.prefetcher.begun, ahead._runner.programs.prefetcher.useful = 5, 3
+    assert ahead._loop.runner.programs.prefetcher.on
+    ahead._loop.runner.programs.prefetcher.begun, ahead._loop.runner.programs.prefetcher.useful = (
+        5,
+        3,
+    )
     assert "5 prefetched, 3 of use" in str(ahead.stats)
     assert ahead.stats.bytes_streamed == 5 * ahead.stats.expert_bytes
     assert "prefetched" not in str(driven.stats)

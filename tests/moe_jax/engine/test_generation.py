@@ -165,7 +165,7 @@ def test_end_of_text_ends_the_text(engine, copy, monkeypatch):
     folder = copy(generation_config={"eos_token_id": [299, end]})
     other = moe_jax.load(folder, dtype="float32", max_tokens=64, max_seqs=3)
     # Its programs would have to be compiled again.
-    monkeypatch.setattr(other, "_runner", engine._runner)
+    monkeypatch.setattr(other, "_loop", engine._loop)
     completion = other.generate(PROMPTS[0], max_tokens=8)
     assert completion.tokens == free.tokens[: first + 1]
     assert completion.finish_reason == "stop"
@@ -174,10 +174,10 @@ def test_end_of_text_ends_the_text(engine, copy, monkeypatch):
 
 
 def test_numbers_that_are_none_are_refused(engine, monkeypatch):
-    model = engine._runner.model
+    model = engine._loop.runner.model
     broken = replace(model, final_norm=model.final_norm * np.float32(np.nan))
-    monkeypatch.setattr(engine._runner, "model", broken)
-    with pytest.raises(ValueError, match="NaN or infinite logits for request 0 at position 2;"):
+    monkeypatch.setattr(engine._loop.runner, "model", broken)
+    with pytest.raises(ValueError, match=r"NaN or infinite logits for request \d+ at position 2;"):
         engine.generate([5, 6], max_tokens=2)
 
 

@@ -42,7 +42,7 @@ def test_they_take_their_own_bytes(tiny):
     memory = engine.plan.memory
     assert memory.host_expert_bytes == size == 24 * 16 + 16 * 12 + 4 * (24 + 16)
     assert f"{memory.host_experts} of 8, {size} B each" in str(engine.plan)
-    layer = engine._runner.model.layers[0].experts
+    layer = engine._loop.runner.model.layers[0].experts
     assert all(sum(part.nbytes for part in expert) == size for expert in layer.host)
     assert all(isinstance(expert, Int8Expert) for expert in layer.host)
     assert all(part.dtype == np.float32 for expert in layer.resident for part in expert)
@@ -64,7 +64,7 @@ def test_what_cannot_be_done_with_them_is_refused(tiny, tmp_path):
         load(tiny, 0.5, host_dtype="int8", residency="lru")
     engine = load(tiny, 0.5, host_dtype="int8")
     with pytest.raises(ValueError, match="expert 3 was rounded to int8"):
-        engine._runner.swap(0, incoming=3, outgoing=0)
+        engine._loop.runner.swap(0, incoming=3, outgoing=0)
     with pytest.raises(ValueError, match=r"rounded to int8 cannot be saved.*without host_dtype="):
         engine.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -90,7 +90,7 @@ def test_the_reference_model_hardly_notices():
 def test_either_executor_gives_the_same_logits(tiny):
     compiled = load(tiny, 0.5, host_dtype="int8", missing_experts="host")
     driven = load(tiny, 0.5, host_dtype="int8", missing_experts="host", executor="driven")
-    (layer, *_) = driven._runner.model.layers
+    (layer, *_) = driven._loop.runner.model.layers
     kinds = {part.sharding.memory_kind for expert in layer.experts.host for part in expert}
     assert kinds == {"pinned_host"}
     np.testing.assert_allclose(driven.logits(PROMPT), compiled.logits(PROMPT), rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ def load(folder, placement, share=0.5):
 
 
 def residents(engine):
-    return [slots.tolist() for slots in engine._mover.residency.slot_expert]
+    return [slots.tolist() for slots in engine._observer.mover.residency.slot_expert]
 
 
 @pytest.mark.parametrize("bank", [False, True], ids=["separate", "bank"])
@@ -37,9 +37,9 @@ def test_the_most_used_experts_of_a_profile_start_on_the_device(
     monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
     placed = load(tiny, profile)
     assert residents(placed) == [[1, 3], [], [2, 3]]
-    assert isinstance(placed._runner.model.layers[0].experts.resident, ExpertBank) == bank
+    assert isinstance(placed._loop.runner.model.layers[0].experts.resident, ExpertBank) == bank
     assert_close(placed.logits(TOKENS), engine.logits(TOKENS))
-    stored, expected = (arrays_by_target(e._runner.model) for e in (placed, engine))
+    stored, expected = (arrays_by_target(e._loop.runner.model) for e in (placed, engine))
     for name, array in expected.items():
         np.testing.assert_array_equal(stored[name], array, err_msg=name)
     assert f"placement      profile {profile}" in str(placed.plan)

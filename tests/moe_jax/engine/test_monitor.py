@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.engine.generation import StepTime
-from moe_jax.engine.monitor import Monitor
+from moe_jax.engine.monitor import Monitor, StepTime
 from moe_jax.engine.runner import StepReport
 from moe_jax.engine.stats import Stats, StepTimes
 from moe_jax.model.tally import Tally
@@ -18,6 +17,7 @@ from moe_jax.placement.planner import LayerPlan, Mode
 MEMORY = MemoryPlan(
     device_bytes=0,
     dense_bytes=300,
+    max_tokens=64,
     kv_pages=0,
     kv_bytes=0,
     workspace_bytes=0,
@@ -55,7 +55,7 @@ def report(predicted=17.5, compiled=False, tokens=1):
 
 
 def decode(monitor, seconds, **options):
-    monitor.after_step(StepTime(0, 1, seconds), [report(**options)])
+    monitor.after_step(StepTime(1, 0, 1, seconds), [report(**options)])
 
 
 def test_work_is_predicted_by_resource_and_corrected_like_the_step():
@@ -102,7 +102,7 @@ def test_what_cannot_be_foreseen_is_not_compared():
 def test_a_prefill_of_several_chunks_is_one_step():
     monitor = Monitor(MEMORY, CURVES)
     for _ in range(2):
-        monitor.after_step(StepTime(2, 1, 41.0), [report(), report()])
+        monitor.after_step(StepTime(2, 2, 1, 41.0), [report(), report()])
     stats = monitor.stats(Counter(), 0)
     assert stats.prefill_times.steps == 1 and stats.decode_times.steps == 0
     assert stats.prefill_times.predicted == pytest.approx(41)

@@ -25,7 +25,7 @@ def load(folder, policy, share=0.5, **options):
     budget = device_memory_for(folder, experts=share, **SIZES)
     engine = moe_jax.load(folder, device_memory=budget, residency=policy, **SIZES, **options)
     # A machine on which a miss costs a second and a swap next to nothing.
-    model = engine._runner.model
+    model = engine._loop.runner.model
     slow = jnp.full_like(model.curves.host, 1.0)
     curves = dataclasses.replace(
         model.curves,
@@ -34,7 +34,7 @@ def load(folder, policy, share=0.5, **options):
         stream=jnp.float32(0.9),
         memory=jnp.float32(0),
     )
-    engine._runner.model = dataclasses.replace(model, curves=curves)
+    engine._loop.runner.model = dataclasses.replace(model, curves=curves)
     return engine
 
 
@@ -45,11 +45,11 @@ def greedy(engine):
 
 def residents(engine):
     """Per layer, the experts in its slots, as the arrays say and as the mover believes."""
-    layers = [layer.experts for layer in engine._runner.model.layers]
+    layers = [layer.experts for layer in engine._loop.runner.model.layers]
     arrays = [
         [] if e is None else np.argsort(np.asarray(e.address))[: e.slots].tolist() for e in layers
     ]
-    return arrays, [slots.tolist() for slots in engine._mover.residency.slot_expert]
+    return arrays, [slots.tolist() for slots in engine._observer.mover.residency.slot_expert]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_no_policy_changes_the_result(tiny, profile, expected, policy, share):
         assert_close(engine.logits(TOKENS), logits)
     arrays, believed = residents(engine)
     assert arrays == believed
-    for layer in engine._runner.model.layers:
+    for layer in engine._loop.runner.model.layers:
         assert layer.experts is None or violations(layer.experts) == []
     assert (engine.stats.swapped > 0) == (policy != "static")
 
@@ -96,7 +96,7 @@ def test_no_swap_is_allowed(tiny):
 )
 def test_an_interrupt_during_a_swap_loses_nothing(tiny, expected, module, name, monkeypatch):
     engine = load(tiny, "lru", max_swaps=2)
-    original, swapping = getattr(module, name), engine._runner.swap
+    original, swapping = getattr(module, name), engine._loop.runner.swap
     inside = []
 
     def swap(*arguments):
@@ -110,7 +110,7 @@ def test_an_interrupt_during_a_swap_loses_nothing(tiny, expected, module, name, 
         return original(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "swap", swap)
+        patch.setattr(engine._loop.runner, "swap", swap)
         patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             greedy(engine)

@@ -35,7 +35,9 @@ def executions(engine):
 @pytest.fixture(scope="module")
 def curves(tiny):
     """The costs that each value of missing_experts gives, and some that split the experts."""
-    found = {mode: load(tiny, 0.0, missing_experts=mode)._runner.model.curves for mode in MODES[:3]}
+    found = {
+        mode: load(tiny, 0.0, missing_experts=mode)._loop.runner.model.curves for mode in MODES[:3]
+    }
     even = jnp.full_like(found["auto"].host, 1.0)
     found["mixed"] = dataclasses.replace(
         found["auto"],
@@ -67,7 +69,7 @@ def everything_resident(engine):
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_and_tokens_do_not_depend_on_placement(offloaded, everything_resident, curves, mode):
     expected_logits, expected_tokens, all_resident = everything_resident
-    runner = offloaded._runner
+    runner = offloaded._loop.runner
     runner.model = dataclasses.replace(runner.model, curves=curves[mode])
     before = executions(offloaded)
     assert_close(offloaded.logits(TOKENS), expected_logits)
@@ -98,9 +100,9 @@ def test_a_bank_of_resident_experts_gives_the_same(tiny, everything_resident, en
 
     monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
     banked = load(tiny, 0.5)
-    assert isinstance(banked._runner.model.layers[0].experts.resident, ExpertBank)
+    assert isinstance(banked._loop.runner.model.layers[0].experts.resident, ExpertBank)
     assert_close(banked.logits(TOKENS[0]), everything_resident[0][0])
-    stored, expected = (arrays_by_target(e._runner.model) for e in (banked, engine))
+    stored, expected = (arrays_by_target(e._loop.runner.model) for e in (banked, engine))
     assert stored.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(stored[name], array, err_msg=name)

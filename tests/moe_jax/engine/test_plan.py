@@ -32,6 +32,7 @@ def plan_of(slots, experts=4, hits=0.5, dense_bytes=300, **costs):
     memory = MemoryPlan(
         device_bytes=10**6,
         dense_bytes=dense_bytes,
+        max_tokens=64,
         kv_pages=1,
         kv_bytes=1,
         workspace_bytes=1,

@@ -14,7 +14,7 @@ TOKENS = np.random.default_rng(2).integers(1, 300, 24)
 
 
 def pages_of(engine):
-    return [leaf for layer in engine._runner._kv for leaf in jax.tree.leaves(layer)]
+    return [leaf for layer in engine._loop.runner._kv for leaf in jax.tree.leaves(layer)]
 
 
 def test_decode_is_traced_once_per_bucket_in_200_steps(tiny):
@@ -73,39 +73,31 @@ def test_an_interrupted_step_leaves_a_working_engine(engine, monkeypatch, calls)
     np.testing.assert_array_equal(engine.logits(TOKENS), expected)
 
 
-def test_the_older_of_two_streams_is_over(engine):
+@pytest.mark.parametrize("use", ["generate", "logits", "routing"])
+def test_a_stream_goes_on_when_the_engine_is_used_for_something_else(engine, use):
     prompt = TOKENS[:4].tolist()
     alone = engine.generate(prompt, max_tokens=6, ignore_eos=True).tokens
-    older, newer = (engine.stream(prompt, max_tokens=6, ignore_eos=True) for _ in range(2))
-    next(older)
-    first = next(newer)
-    with pytest.raises(RuntimeError, match="this stream is over: the engine was used for"):
-        next(older)
-    assert (first.token, *(piece.token for piece in newer)) == alone
-
-
-@pytest.mark.parametrize("use", ["generate", "logits"])
-def test_a_stream_is_over_when_the_engine_is_used(engine, use):
-    stream = engine.stream([5, 6], max_tokens=6, ignore_eos=True)
-    next(stream)
+    stream = engine.stream(prompt, max_tokens=6, ignore_eos=True)
+    first = next(stream)
     getattr(engine, use)(np.array([5, 6]))
-    with pytest.raises(RuntimeError, match="read a stream to its end first"):
-        next(stream)
+    assert (first.token, *(piece.token for piece in stream)) == alone
 
 
-def test_the_engine_may_be_used_at_the_last_piece_of_a_stream(engine):
-    for piece in engine.stream([5, 6], max_tokens=3, ignore_eos=True):
-        if piece.finish_reason is not None:
-            engine.logits([5, 6])
+def test_two_streams_are_read_by_turns(engine):
+    prompts = [TOKENS[:4].tolist(), TOKENS[4:7].tolist()]
+    alone = [engine.generate(p, max_tokens=6, ignore_eos=True).tokens for p in prompts]
+    streams = [engine.stream(p, max_tokens=6, ignore_eos=True) for p in prompts]
+    found = [[piece.token for piece in pieces] for pieces in zip(*streams, strict=True)]
+    assert [tuple(tokens) for tokens in zip(*found, strict=True)] == alone
 
 
 def test_chunks_and_decode_give_the_logits_of_one_forward(engine):
     tokens = [*TOKENS.tolist(), *TOKENS[:12].tolist()]
-    (pages,) = assign_pages([len(tokens)], engine._runner.pages)
+    (pages,) = assign_pages([len(tokens)], engine._loop.runner.pages)
     step = lambda first, last: NewTokens(tokens[first:last], first, len(tokens), pages)
-    runner = engine._runner
+    runner = engine._loop.runner
     parts = [runner.all_logits(step(0, 13)), runner.all_logits(step(13, 33))]
-    parts += [np.asarray(runner.decode([step(i, i + 1)], 1))[:1] for i in range(33, 36)]
+    parts += [np.asarray(runner.step([step(i, i + 1)], [0])) for i in range(33, 36)]
     expected = engine.logits(tokens)
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-5 * abs(expected).max())
 

@@ -114,10 +114,10 @@ def test_swaps_change_no_result_and_compile_nothing(half, engine):
     assert_close(half.logits(TOKENS), expected)
     traces = half.stats.traces
     for layer, incoming, outgoing in ((0, 3, 0), (2, 2, 1), (0, 0, 1)):
-        half._runner.swap(layer, incoming, outgoing)
+        half._loop.runner.swap(layer, incoming, outgoing)
         assert_close(half.logits(TOKENS), expected)
     assert half.stats.traces == traces
-    stored, plain = (arrays_by_target(e._runner.model) for e in (half, engine))
+    stored, plain = (arrays_by_target(e._loop.runner.model) for e in (half, engine))
     assert stored.keys() == plain.keys()
     for name, array in plain.items():
         np.testing.assert_array_equal(stored[name], array, err_msg=name)
@@ -125,13 +125,13 @@ def test_swaps_change_no_result_and_compile_nothing(half, engine):
 
 def test_a_dense_layer_has_nothing_to_swap(half):
     with pytest.raises(ValueError, match="layer 1 is dense: it has no experts to swap"):
-        half._runner.swap(1, 0, 1)
+        half._loop.runner.swap(1, 0, 1)
 
 
 @pytest.mark.parametrize("at", ["to_device", "to_host", "store_in_bank"])
 def test_an_interrupt_or_a_failure_in_a_swap_loses_nothing(half, engine, at, monkeypatch):
     """The bank is not what a CPU uses, so it is only donated in the tests above."""
-    layer = half._runner.model.layers[0]
+    layer = half._loop.runner.model.layers[0]
     resident = [e for e, a in enumerate(np.asarray(layer.experts.address)) if a < 2]
     missing = [e for e in range(4) if e not in resident]
     original = getattr(swap_module, at)
@@ -143,9 +143,9 @@ def test_an_interrupt_or_a_failure_in_a_swap_loses_nothing(half, engine, at, mon
     with monkeypatch.context() as patch:
         patch.setattr(swap_module, at, interrupted)
         if at == "store_in_bank":
-            half._runner.swap(0, missing[0], resident[0])
+            half._loop.runner.swap(0, missing[0], resident[0])
         else:
             with pytest.raises(KeyboardInterrupt):
-                half._runner.swap(0, missing[0], resident[0])
-    assert violations(half._runner.model.layers[0].experts) == []
+                half._loop.runner.swap(0, missing[0], resident[0])
+    assert violations(half._loop.runner.model.layers[0].experts) == []
     assert_close(half.logits(TOKENS), engine.logits(TOKENS))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from moe_jax.placement.memory_plan import plan_memory
+from moe_jax.placement.memory_plan import LEAST_KV_TOKENS, plan_memory
 
 CONFIG = ModelConfig(
     family="mixtral",
@@ -22,14 +22,14 @@ CONFIG = ModelConfig(
 EXPERT = 3 * 32 * 64 * 2
 
 
-def plan(device_bytes=1 << 40, host_bytes=1 << 40, config=CONFIG):
+def plan(device_bytes=1 << 40, host_bytes=1 << 40, config=CONFIG, max_tokens=64):
     return plan_memory(
         config,
         itemsize=2,
         dense_bytes=50_000,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
-        max_tokens=64,
+        max_tokens=max_tokens,
         max_seqs=2,
         largest_step=32,
     )
@@ -83,3 +83,28 @@ def test_plan_prints_every_part():
     for part in ("device memory", "dense weights", "KV cache", "workspace", "experts", "host"):
         assert part in text
     assert "12 of 12, 4 per layer" in text
+
+
+def test_the_kv_cache_takes_what_weights_and_workspace_leave():
+    config = replace(CONFIG, max_positions=1 << 20)
+    least = plan(config=config, max_tokens=LEAST_KV_TOKENS)
+    budget = least.device_bytes_used + 7 * least.kv_bytes // least.kv_pages
+    left = plan(budget, config=config, max_tokens=None)
+    assert left.max_tokens == LEAST_KV_TOKENS + 7 * 16
+    assert left.device_bytes_used <= budget
+    assert left.host_experts == 0
+    assert f"{left.kv_pages * 16} tokens" in str(left)
+
+
+@pytest.mark.parametrize(
+    "device_bytes, positions, tokens",
+    [
+        (1 << 40, 10_000, 20_000),
+        (1 << 40, 128, LEAST_KV_TOKENS),
+        (1_300_000, 10_000, LEAST_KV_TOKENS),
+    ],
+    ids=["context_of_every_sequence", "short_context", "experts_do_not_fit"],
+)
+def test_it_takes_no_more_than_is_of_use_and_no_less_than_it_needs(device_bytes, positions, tokens):
+    config = replace(CONFIG, max_positions=positions)
+    assert plan(device_bytes, config=config, max_tokens=None).max_tokens == tokens

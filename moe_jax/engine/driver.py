@@ -1,0 +1,78 @@
+"""Runs an engine's steps in a thread of its own, for those who wait in an event loop.
+
+Knows handles and threads; not what a step does.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator
+
+from moe_jax.engine.handle import Handle
+from moe_jax.engine.loop import EngineLoop
+from moe_jax.engine.outputs import Completion, Piece
+
+
+class Driver:
+    """A thread that steps as long as there is something to run; it starts when first needed."""
+
+    def __init__(self, loop: EngineLoop):
+        self._loop = loop
+        self._wake = threading.Condition()
+        self._wanted = False
+        self._thread: threading.Thread | None = None
+
+    async def pieces(self, handle: Handle) -> AsyncGenerator[Piece, None]:
+        """Yields what each step adds to a request; closing the generator cancels it."""
+        news = self._listen(handle)
+        try:
+            while True:
+                news.clear()
+                done = handle.done
+                while (piece := handle.take_piece()) is not None:
+                    yield piece
+                if done:
+                    return
+                await news.wait()
+        finally:
+            handle.cancel()
+
+    async def result(self, handle: Handle) -> Completion | list[Completion]:
+        """Waits for the end of a request, which is cancelled if the waiting is."""
+        news = self._listen(handle)
+        try:
+            while not handle.done:
+                news.clear()
+                if not handle.done:
+                    await news.wait()
+            return handle.result()
+        finally:
+            handle.cancel()
+
+    def _listen(self, handle: Handle) -> asyncio.Event:
+        """An event that is set whenever there is something new; sees to it that steps run."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            # A closed event loop has nobody left to tell; the request is cancelled soon.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(news.set)
+
+        handle.notify(tell)
+        with self._wake:
+            self._wanted = True
+            if self._thread is None:
+                # A daemon: an engine that nobody waits for does not keep Python alive.
+                self._thread = threading.Thread(target=self._run, name="moe_jax", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return news
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._wanted:
+                    self._wake.wait()
+                self._wanted = False
+            while self._loop.step():
+                pass
