@@ -1,4 +1,4 @@
-"""Measures what running requests together is worth: batching, beams, prefixes, drafts, and its cost.
+"""Measures what running requests together gives: batching, beams, prefixes, drafts, and its cost.
 
 Takes the embedded reference model and a random checkpoint in turn; prints a table and writes JSON.
 Compilation is never timed: each side of a comparison runs once before it counts, then both take
@@ -49,7 +49,7 @@ ONLY_RANDOM = ("beams", "prefix")
 
 def load(folder: Path | None, where: str, sizes: Sizes) -> moe_jax.Engine:
     """The engine of that kind; `folder` None: the embedded model."""
-    seats = max(sizes.together, *sizes.beams)
+    seats = max(sizes.together, sizes.decoding + 1, *sizes.beams)
     tokens = 2 * (sizes.long_prompt + sizes.shared + seats * (sizes.prompt + sizes.tokens))
     if where == "crowded":
         seats = sizes.running

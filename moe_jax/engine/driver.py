@@ -1,6 +1,6 @@
 """Runs an engine's steps in a thread of its own, for those who wait in an event loop.
 
-Knows handles and threads; not what a step does.
+Knows requests, handles and threads; not what a step does.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 from moe_jax.engine.handle import Handle
 from moe_jax.engine.loop import EngineLoop
 from moe_jax.engine.outputs import Completion, Piece
+from moe_jax.engine.request import Request
 
 
 class Driver:
@@ -22,8 +23,12 @@ class Driver:
         self._wanted = False
         self._thread: threading.Thread | None = None
 
-    async def pieces(self, handle: Handle) -> AsyncGenerator[Piece, None]:
-        """Yields what each step adds to a request; closing the generator cancels it."""
+    async def pieces(self, request: Request) -> AsyncGenerator[Piece, None]:
+        """Submits a request and yields what each step adds to it; closing the generator cancels it.
+
+        A generator that is never started submits nothing.
+        """
+        handle = self._loop.submit(request)
         news = self._listen(handle)
         try:
             while True:
@@ -37,8 +42,9 @@ class Driver:
         finally:
             handle.cancel()
 
-    async def result(self, handle: Handle) -> Completion | list[Completion]:
-        """Waits for the end of a request, which is cancelled if the waiting is."""
+    async def result(self, request: Request) -> Completion | list[Completion]:
+        """Submits a request and waits for its end; it is cancelled if the waiting is."""
+        handle = self._loop.submit(request)
         news = self._listen(handle)
         try:
             while not handle.done:

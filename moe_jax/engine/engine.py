@@ -103,17 +103,13 @@ class Engine:
 
         Raises ValueError for a bad prompt or option.
         """
-        if is_many(prompt):
-            raise ValueError("submit takes one prompt; call it once for each, or use generate")
-        return self._loop.submit(self._request(prompt, options))
+        return self._loop.submit(self._one_request(prompt, options))
 
     def stream(self, prompt: Any, **options: Any) -> Iterator[Piece]:
         """Continues one prompt, yielding text as soon as it is whole; options as in `generate`.
 
         Closing the iterator cancels the request.
         """
-        if is_many(prompt):
-            raise ValueError("stream takes one prompt; use generate for a list")
         return self.submit(prompt, **options).pieces()
 
     def astream(self, prompt: Any, **options: Any) -> AsyncGenerator[Piece, None]:
@@ -121,13 +117,13 @@ class Engine:
 
         Raises ValueError at once for a bad prompt or option.
         """
-        return self._driver.pieces(self.submit(prompt, **options))
+        return self._driver.pieces(self._one_request(prompt, options))
 
     def agenerate(
         self, prompt: Any, **options: Any
     ) -> Coroutine[Any, Any, Completion | list[Completion]]:
         """`generate` of one prompt for event loops; cancelling the awaiting task cancels it."""
-        return self._driver.result(self.submit(prompt, **options))
+        return self._driver.result(self._one_request(prompt, options))
 
     @property
     def load_now(self) -> Load:
@@ -227,6 +223,14 @@ class Engine:
             vocab=self.config.vocab,
             capacity=self._capacity,
         )
+
+    def _one_request(self, prompt: Any, options: dict[str, Any]) -> Request:
+        if is_many(prompt):
+            raise ValueError(
+                "this takes one prompt, and was given a list of them; call it once for each, or "
+                "use generate"
+            )
+        return self._request(prompt, options)
 
     def _request(self, prompt: Any, options: dict[str, Any]) -> Request:
         params = sampling_params(**options)

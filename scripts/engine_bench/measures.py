@@ -6,14 +6,13 @@ Knows tokens and clocks, not checkpoints.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from engine_bench.step_parts import StepParts
 
 import moe_jax
-from moe_jax.engine.runner import PREFILL_BUCKETS
 
 Prompts = list[list[int]]
 
@@ -166,6 +165,11 @@ def chunked_prefill(engine: moe_jax.Engine, sizes: Sizes) -> list[Row]:
         filling = 0  # steps until the long prompt was done
         with parts.watch(engine):
             while not filling or len(steps) < filling + 9:
+                if handles[0].done:
+                    raise ValueError(
+                        f"requests of {sizes.tokens} tokens end before a prompt of "
+                        f"{sizes.long_prompt} is read beside them; give more --tokens"
+                    )
                 for handle in handles:  # the first one's next piece is made by a step, for all
                     handle.next_piece()
                 moments.append(time.perf_counter())

@@ -55,7 +55,7 @@ def test_options(engine, method, options, text):
 
 @pytest.mark.parametrize("prompts", [["a", "b"], [CHAT], np.ones((2, 2), int)], ids=repr)
 def test_stream_takes_one_prompt(engine, prompts):
-    with pytest.raises(ValueError, match="stream takes one prompt; use generate for a list"):
+    with pytest.raises(ValueError, match="this takes one prompt, and was given a list"):
         engine.stream(prompts)
 
 

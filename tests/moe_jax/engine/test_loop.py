@@ -76,8 +76,9 @@ def test_the_last_piece_of_a_cancelled_request_has_no_token(clean):
 def test_bad_options_are_refused_before_anything_is_queued(clean):
     with pytest.raises(ValueError, match="temperature must be a number"):
         clean.submit(PROMPTS[0], temperature=float("nan"))
-    with pytest.raises(ValueError, match="submit takes one prompt"):
-        clean.submit(PROMPTS)
+    for take in (clean.submit, clean.stream, clean.astream, clean.agenerate):
+        with pytest.raises(ValueError, match="this takes one prompt, and was given a list"):
+            take(PROMPTS)
     with pytest.raises(ValueError, match=r"num_beams=4 needs as many seats, .* max_seqs=3"):
         clean.submit(PROMPTS[0], num_beams=4)
     with pytest.raises(ValueError, match=r"3 beams of 64 tokens .* need 15 KV pages .* has 6"):
@@ -171,6 +172,14 @@ def test_streams_of_an_event_loop_run_together(clean, expected):
         return [*streamed, last.tokens]
 
     assert asyncio.run(main()) == expected
+
+
+def test_what_is_never_read_is_never_queued(clean):
+    async def main():
+        clean.astream(PROMPTS[0], **LONG)
+        clean.agenerate(PROMPTS[0], **LONG).close()
+
+    asyncio.run(main())
 
 
 def test_closing_an_async_stream_cancels_it(clean):
