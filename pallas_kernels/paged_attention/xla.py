@@ -24,8 +24,11 @@ from pallas_kernels.paged_attention.arguments import Pages, unpacked
 # Up to this many queries per sequence all sequences are computed at once, padded to the longest.
 _FEW_QUERIES = 8
 # Key positions per block. Small blocks cost loop overhead, large ones work past the end of the
-# context (decode) and above the diagonal (prefill).
-_DECODE_KEYS = 512
+# context (decode) and above the diagonal (prefill); and the blocks of all sequences that decode
+# together must stay in the CPU's caches: 512 keys of 64 sequences take 25 times as long as 64.
+_DECODE_KEYS = 1024  # over all sequences
+_LEAST_DECODE_KEYS = 64
+_MOST_DECODE_KEYS = 512
 _PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
 # Start of the running maximum: below every real score, and finite, so that differences of two of
@@ -91,8 +94,9 @@ def _few_queries(
     real = token < query_starts[1:, None]
     position = kv_lengths[:, None] - query_starts[1:, None] + token
     padded = query.at[token].get(mode="fill", fill_value=0)
+    keys = max(_LEAST_DECODE_KEYS, min(_DECODE_KEYS // kv_lengths.shape[0], _MOST_DECODE_KEYS))
     output, log_sum_exp = _attend(
-        padded, position, real, block_tables, kv_lengths, sinks, cache, _DECODE_KEYS
+        padded, position, real, block_tables, kv_lengths, sinks, cache, keys
     )
     # Lanes past a sequence's end would land on rows of the next one, in no defined order.
     target = jnp.where(real, token, tokens)
