@@ -29,17 +29,17 @@ SMALL = Sizes(
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_local_experts": 4,
+    "num_local_experts": 2,
     "vocab_size": 64,
 }
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A random checkpoint with two layers of four experts."""
+    """A random checkpoint with one layer of two experts."""
     monkeypatch.setattr(random_checkpoint, "_POOL", 1 << 16)
     config = random_checkpoint.config_of("mixtral_0.8b") | SHAPE
     random_checkpoint.write_checkpoint(tmp_path / "tiny", config)
