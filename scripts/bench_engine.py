@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import describe_machine
+from engine_bench.comparing import Row, Sizes
 from engine_bench.measures import (
-    Row,
-    Sizes,
     beams,
     bookkeeping,
     chunked_prefill,

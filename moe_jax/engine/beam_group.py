@@ -43,14 +43,12 @@ class BeamGroup(Job):
         self,
         request: Request,
         handle: Handle,
-        arrival: int,
         *,
         exact_again: bool,
     ):
         """`exact_again`: whether the keys of its prompt are those that others compute."""
         params = request.params
         super().__init__(
-            arrival=arrival,
             prompt=len(request.prompt),
             limit=len(request.prompt) + request.limit - 1,
             priority=params.priority,

@@ -40,13 +40,11 @@ class Continuation(Job):
         self,
         request: Request,
         handle: Handle,
-        arrival: int,
         *,
         exact_again: bool,
     ):
         """`exact_again`: whether its keys are the same if they are computed again, or by others."""
         super().__init__(
-            arrival=arrival,
             prompt=len(request.prompt),
             limit=len(request.prompt) + request.limit - 1,
             priority=request.params.priority,

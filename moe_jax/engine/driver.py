@@ -15,11 +15,11 @@ from moe_jax.engine.request import Request
 
 
 class Driver:
-    """A thread that steps as long as there is something to run; it starts when first needed."""
+    """A thread that steps as long as there is something to run, and starts whenever there is."""
 
     def __init__(self, loop: EngineLoop):
         self._loop = loop
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
         self._wanted = False
         self._thread: threading.Thread | None = None
 
@@ -65,20 +65,21 @@ class Driver:
                 loop.call_soon_threadsafe(news.set)
 
         handle.notify(tell)
-        with self._wake:
+        with self._lock:
             self._wanted = True
             if self._thread is None:
-                # A daemon: an engine that nobody waits for does not keep Python alive.
+                # A daemon: a request that nobody waits for does not keep Python alive.
                 self._thread = threading.Thread(target=self._run, name="moe_jax", daemon=True)
                 self._thread.start()
-            self._wake.notify()
         return news
 
     def _run(self) -> None:
+        """Runs steps until there is nothing to run; the thread ends then, and frees the engine."""
         while True:
-            with self._wake:
-                while not self._wanted:
-                    self._wake.wait()
-                self._wanted = False
             while self._loop.step():
                 pass
+            with self._lock:
+                if not self._wanted:
+                    self._thread = None
+                    return
+                self._wanted = False

@@ -63,7 +63,7 @@ class EngineLoop:
         self._handles: dict[Handle, Running] = {}
         self._stepping: tuple[Running, ...] = ()
         # Filled by any thread at any time, emptied by the one that runs steps.
-        self._submitted: deque[tuple[Handle, Request]] = deque()
+        self._submitted: deque[Running] = deque()
         self._cancelled: deque[Handle] = deque()
         self._arrivals = 0
         self._lock = threading.Lock()
@@ -71,7 +71,8 @@ class EngineLoop:
     def submit(self, request: Request) -> Handle:
         """Queues a request; never waits for a step."""
         handle = Handle(self.advance, self._cancel, len(request.prompt))
-        self._submitted.append((handle, request))
+        kind = BeamGroup if request.params.num_beams > 1 else Continuation
+        self._submitted.append(kind(request, handle, exact_again=self._exact_again(request)))
         return handle
 
     def step(self) -> bool:
@@ -123,12 +124,10 @@ class EngineLoop:
 
     def _queue_submitted(self) -> None:
         while self._submitted:
-            handle, request = self._submitted.popleft()
+            job = self._submitted.popleft()
             self._arrivals += 1
-            kind = BeamGroup if request.params.num_beams > 1 else Continuation
-            exact_again = self._exact_again(request)
-            job = kind(request, handle, self._arrivals, exact_again=exact_again)
-            self._handles[handle] = job
+            job.arrival = self._arrivals
+            self._handles[job.handle] = job
             self.seating.add(job)
 
     def _exact_again(self, request: Request) -> bool:
@@ -172,7 +171,8 @@ class EngineLoop:
         except Exception as error:
             with hold_interrupts():
                 for job in self._stepping or self.seating.jobs:
-                    self._end(job).handle.fail(error)
+                    if job.handle in self._handles:  # it did not end in this very step
+                        self._end(job).handle.fail(error)
                 self._start_over()
             return True
         except BaseException:

@@ -19,9 +19,9 @@ class Job:
     """A request as the scheduler sees it.
 
     Attributes:
-      arrival: its place in the order of submission.
       prompt: tokens to compute before it is sampled from first; grows if it is restarted.
       limit: tokens that each of its rows may come to hold.
+      arrival: its place in the order of submission, known when it is queued.
       priority: higher runs first.
       seats: rows of the page pool that it holds while it runs: one, or one for each beam.
       restartable: whether it may lose its pages and be computed again.
@@ -32,9 +32,9 @@ class Job:
       held: pages of its rows together, where they may share some; None: it has one row.
     """
 
-    arrival: int
     prompt: int
     limit: int
+    arrival: int = 0
     priority: int = 0
     seats: int = 1
     restartable: bool = True

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,21 @@ def test_an_error_ends_the_requests_of_its_step_and_no_others(clean, monkeypatch
     assert waiting.result().tokens == expected[3]
 
 
+def test_an_error_after_a_step_takes_back_nothing_that_was_given(clean, monkeypatch, expected):
+    done = clean.submit(PROMPTS[0], max_tokens=1)
+    going = clean.submit(PROMPTS[1], **LONG)
+
+    def fail(step):
+        raise RuntimeError("a policy of the user's own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean._loop._observer, "after_step", fail)
+        clean._loop.step()
+    assert done.result().tokens == expected[0][:1]
+    with pytest.raises(RuntimeError, match="a policy of the user's own"):
+        going.result()
+
+
 def test_numbers_that_are_none_end_only_their_request(clean, monkeypatch, expected):
     model = clean._loop.runner.model
     embedding = model.embedding.at[7].set(np.nan)
@@ -172,6 +188,11 @@ def test_streams_of_an_event_loop_run_together(clean, expected):
         return [*streamed, last.tokens]
 
     assert asyncio.run(main()) == expected
+    for _ in range(100):  # the thread ends, so that an engine nobody holds can be freed
+        if clean._driver._thread is None:
+            return
+        time.sleep(0.05)
+    pytest.fail("the engine's thread stays")
 
 
 def test_what_is_never_read_is_never_queued(clean):
