@@ -161,10 +161,20 @@ class Seating:
     def borrow_pages(self, tokens: int) -> Iterator[Int[np.ndarray, " pages_per_seq"]]:
         """A row of the block table with room for this many tokens, for use between steps.
 
-        Requests may lose their pages to it and compute them again, beams last.
+        Requests may lose their pages to it and compute them again; searches begin anew, and last.
+
+        Raises RuntimeError if those that can do neither hold too many pages.
         """
         while self._kv.available < pages_for(tokens):
-            last = max(self._scheduler.running, key=lambda job: (job.restartable, job.arrival))
+            running = self._scheduler.running
+            free = [job for job in running if job.restartable or isinstance(job, BeamGroup)]
+            if not free:
+                raise RuntimeError(
+                    f"{pages_for(tokens)} KV pages are needed, {self._kv.available} are free, and "
+                    f"the requests that hold the others cannot give them up: their rotary "
+                    "frequencies follow the length; let them end first"
+                )
+            last = max(free, key=lambda job: (job.restartable, job.arrival))
             self._scheduler.restart(last)
             self._stop(last)
         (row,) = self._kv.take(1)

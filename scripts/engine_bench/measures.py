@@ -185,7 +185,7 @@ def shared_prefix(engine: moe_jax.Engine, sizes: Sizes) -> list[Row]:
 
 def prompt_lookup(engine: moe_jax.Engine, sizes: Sizes) -> list[Row]:
     """Greedy decoding with and without drafts from the text itself."""
-    text = repetitive(engine, Texts(engine))
+    text = repetitive(engine, Texts(engine).take(sizes.prompt // 2))
     tokens_of: dict[int, tuple[int, ...]] = {}
     steps_of: dict[int, int] = {}
 
@@ -207,10 +207,10 @@ def prompt_lookup(engine: moe_jax.Engine, sizes: Sizes) -> list[Row]:
     return [Row(f"prompt lookup, {sizes.lookup} drafts", found, ratio, runs=runs)]
 
 
-def repetitive(engine: moe_jax.Engine, texts: Texts) -> list[int]:
+def repetitive(engine: moe_jax.Engine, phrase: list[int]) -> list[int]:
     """A text that says the same again and again: code, where the model can read."""
     if engine.tokenizer is None:
-        return texts.take(16) * 6
+        return phrase * 6
     lines = [
         f"    def test_{name}(self):\n        self.assertEqual(int('{i}'), {i})\n\n"
         for i, name in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven"))

@@ -18,10 +18,10 @@ SMALL = Sizes(
     tokens=24,
     beams=(2,),
     beam_tokens=3,
-    long_prompt=40,
+    long_prompt=20,
     decoding=1,
     running=2,
-    shared=32,
+    shared=16,
     lookup=3,
     lookup_tokens=12,
     repeats=1,
@@ -54,8 +54,8 @@ def test_every_measure_of_a_checkpoint(folder, monkeypatch):
     rows = bench_engine.measure({"tiny": folder}, list(bench_engine.MEASURES), SMALL)
     assert [row.measure for _, row in rows] == [
         "2 requests together",
-        "prompt of 40 beside 1 that decode",
-        "first token, 32 shared tokens (32 from the cache)",
+        "prompt of 20 beside 1 that decode",
+        "first token, 16 shared tokens (16 from the cache)",
         "prompt lookup, 3 drafts",
         "step of 2 beams",
         "scheduling of 2 that run",
