@@ -46,7 +46,8 @@ class SamplingParams:
       early_stopping: True ends the search with num_beams finished texts, False when a better one
         is unlikely, "never" when none is possible.
       prompt_lookup: draft so many tokens a step from what followed the last ones earlier in the
-        text, and verify them at once; greedy only, where it changes no token. 0: off.
+        text, and verify them at once; greedy only; 0: off. It changes no token but where the two
+        likeliest are equal but for rounding (in bfloat16): several tokens round otherwise than one.
       priority: requests with a higher one are served first.
     """
 
@@ -103,7 +104,7 @@ class SamplingParams:
             "length_penalty": number(
                 "length_penalty", self.length_penalty, "from -5 to 5", -5.0, 5.0
             ),
-            "prompt_lookup": whole("prompt_lookup", self.prompt_lookup, 0, 64),
+            "prompt_lookup": whole("prompt_lookup", self.prompt_lookup, 0, 7),
             "priority": whole("priority", self.priority, -(2**31), 2**31 - 1),
         }
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":

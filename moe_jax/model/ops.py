@@ -81,8 +81,9 @@ def linear(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
-    if runs_on_cpu(weight) and x.shape[0] < 64:
+    if runs_on_cpu(weight) and x.shape[0] <= FEW_COLUMNS:
         # XLA:CPU would fold the outer transpose into the product and refuse its element types.
+        # With more tokens it would fold this one too, and convert the weight to float32.
         y = lax.optimization_barrier(multiply_columns(weight, x.T)).T
     else:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

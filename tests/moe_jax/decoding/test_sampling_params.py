@@ -95,7 +95,7 @@ def test_the_most_biases():
         ("length_penalty", 6, r"length_penalty must be a number from -5 to 5, got 6"),
         ("early_stopping", "always", r'must be True, False or "never", got \'always\''),
         ("early_stopping", 1, r'early_stopping must be True, False or "never", got 1'),
-        ("prompt_lookup", 65, r"prompt_lookup must be in 0\.\.64, got 65"),
+        ("prompt_lookup", 8, r"prompt_lookup must be in 0\.\.7, got 8"),
         ("priority", 0.5, r"priority must be a whole number, got 0\.5"),
     ],
 )
