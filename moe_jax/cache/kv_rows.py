@@ -106,10 +106,12 @@ class KvRows:
         """
         by_row = np.zeros(self._rows, np.int32)
         by_row[list(counts)] = list(counts.values())
+        before = np.asarray(self._pool.lengths)
+        new = int((-(-(before + by_row) // PAGE_SIZE) + before // -PAGE_SIZE).sum())
+        self._evict(new - free_pages(self._pool))
         pool, copies, short = append(self._pool, by_row)
-        while int(short) and self._index.idle:
-            evicted = self._index.evict(int(short))
-            self._pool = unhold(self._pool, np.array(evicted))
+        while int(short) and self._index.idle:  # copies need pages as well
+            self._evict(int(short))
             pool, copies, short = append(self._pool, by_row)
         if int(short):
             raise RuntimeError(f"the KV cache is {int(short)} pages short; this is a bug")
@@ -176,3 +178,8 @@ class KvRows:
         if len(set(self._unused)) < len(self._unused):
             wrong.append(f"a row is unused twice: {self._unused}")
         return wrong
+
+    def _evict(self, count: int) -> None:
+        """Frees so many pages that are only kept for later, if there are so many."""
+        if count > 0 and (evicted := self._index.evict(count)):
+            self._pool = unhold(self._pool, np.array(evicted))
