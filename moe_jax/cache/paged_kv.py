@@ -135,22 +135,3 @@ def _copy_pages(kv, source, target):
 def pages_for(tokens: int) -> int:
     """How many pages hold this many tokens."""
     return -(-tokens // PAGE_SIZE)
-
-
-def assign_pages(lengths: list[int], pages: int) -> Int[np.ndarray, "seqs pages_per_seq"]:
-    """Gives each sequence pages of its own for `lengths` tokens; unused entries name no page.
-
-    Raises ValueError if there are too few pages.
-    """
-    needed = [pages_for(length) for length in lengths]
-    if sum(needed) > pages:
-        raise ValueError(
-            f"the sequences need {sum(needed)} KV pages of {PAGE_SIZE} tokens, "
-            f"the cache has {pages}; raise max_tokens="
-        )
-    table = np.full((len(lengths), pages), pages, np.int32)
-    first = 0
-    for row, count in enumerate(needed):
-        table[row, :count] = np.arange(first, first + count)
-        first += count
-    return table

@@ -7,7 +7,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import moe_jax
-from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.engine.runner import NewTokens
 from tests.golden.models import GRID, save_tiny, tiny_model
 
@@ -52,7 +51,7 @@ def test_chunks_and_decode_equal_one_forward(pair):
     _, engine = pair
     tokens = draw_tokens(engine.config.vocab, TOKENS).tolist()
     runner = engine._loop.runner
-    (pages,) = assign_pages([TOKENS], runner.pages)
+    pages = np.arange(runner.pages, dtype=np.int32)
     step = lambda first, last: NewTokens(tokens[first:last], first, TOKENS, pages)
     parts = [runner.all_logits(step(0, 33)), runner.all_logits(step(33, 60))]
     parts += [np.asarray(runner.step([step(i, i + 1)], [0])) for i in range(60, TOKENS)]

@@ -1,4 +1,4 @@
-"""Pages: who gets them, and what is written into them."""
+"""Pages: how many there must be, and what is written into them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from moe_jax.cache.paged_kv import (
     PAGE_SIZE,
     LayerKv,
     PageCopies,
-    assign_pages,
     copy_pages,
     pages_for,
     storage_heads,
@@ -18,16 +17,9 @@ from moe_jax.cache.paged_kv import (
 )
 
 
-def test_sequences_get_pages_of_their_own():
-    table = assign_pages([1, PAGE_SIZE, PAGE_SIZE + 1], pages=6)
-    used = [row[row < 6].tolist() for row in table]
-    assert used == [[0], [1], [2, 3]]
-    assert pages_for(0) == 0
-
-
-def test_too_few_pages_are_refused():
-    with pytest.raises(ValueError, match=r"need 3 KV pages of 16 tokens, the cache has 2"):
-        assign_pages([PAGE_SIZE + 1, 1], pages=2)
+@pytest.mark.parametrize("tokens, pages", [(0, 0), (1, 1), (PAGE_SIZE, 1), (PAGE_SIZE + 1, 2)])
+def test_pages_for_tokens(tokens, pages):
+    assert pages_for(tokens) == pages
 
 
 def test_padding_is_written_nowhere():

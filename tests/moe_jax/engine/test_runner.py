@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.cache.paged_kv import assign_pages
 from moe_jax.engine import runner as runner_module
 from moe_jax.engine.runner import NewTokens, pack_step
 from moe_jax.model.compiled import LayerProgram
@@ -93,7 +92,7 @@ def test_two_streams_are_read_by_turns(engine):
 
 def test_chunks_and_decode_give_the_logits_of_one_forward(engine):
     tokens = [*TOKENS.tolist(), *TOKENS[:12].tolist()]
-    (pages,) = assign_pages([len(tokens)], engine._loop.runner.pages)
+    pages = np.arange(engine._loop.runner.pages, dtype=np.int32)
     step = lambda first, last: NewTokens(tokens[first:last], first, len(tokens), pages)
     runner = engine._loop.runner
     parts = [runner.all_logits(step(0, 13)), runner.all_logits(step(13, 33))]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from host_offload.memory import sharding
-from moe_jax.cache.paged_kv import allocate_kv, assign_pages
+from moe_jax.cache.paged_kv import allocate_kv
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.model import driven as driven_module
 from moe_jax.model.compiled import ServedLayer
@@ -91,7 +91,7 @@ class Served:
     def run(self, curves):
         """Activations and reports of a prefill of two sequences, then of two decode steps."""
         kv = allocate_kv(self.config, PAGES, jnp.float32)
-        tables = assign_pages([11, 8], PAGES)
+        tables = np.array([[0, PAGES], [1, PAGES]], np.int32)
         tokens = np.random.default_rng(9).integers(0, self.config.vocab, 16).astype(np.int32)
         found = []
         for lengths, cached in (((9, 6), (0, 0)), ((1, 1), (9, 6)), ((1, 1), (10, 7))):
