@@ -94,9 +94,6 @@ class Service:
             self.metrics.generated_tokens.inc(sum(len(one.tokens) for one in several))
         return answers
 
-    # The engine queues a request when it is called, and forgets it again when what it returned is
-    # closed; but what has never been started cannot be closed. Both of these start it at once.
-
     async def _pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
         with _refusals():
             pieces = self.engine.astream(job.prompt, **job.options)
