@@ -38,7 +38,7 @@ class Ours:
         if options:  # every expert on the host
             nothing = device_memory_for(folder, experts=0.0, **sizes)
             where = {"device_memory": nothing, "missing_experts": "host", **options}
-        self.engine = moe_jax.load(folder, **where, **sizes)
+        self.engine = moe_jax.load(folder, share_prefixes=False, **where, **sizes)
 
     def bytes_per_token(self, config: dict[str, Any]) -> int:
         """Weight bytes that one decoded token must read, experts being where they are."""

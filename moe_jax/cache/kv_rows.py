@@ -49,11 +49,13 @@ class KvRows:
     kept for a later request with the same beginning are counted once.
     """
 
-    def __init__(self, pages: int, rows: int, identity: bytes):
-        """`identity`: the SHA-256 of all that decides what keys and values are."""
+    def __init__(self, pages: int, rows: int, identity: bytes | None):
+        """`identity`: the SHA-256 of all that decides what keys and values are; None: rows share
+        no prefixes.
+        """
         self.pages = pages
         self._rows = rows
-        self._root = root_key(identity)
+        self._root = None if identity is None else root_key(identity)
         self.clear()
 
     def clear(self) -> None:
@@ -87,7 +89,7 @@ class KvRows:
         The last token is left out, because something must be computed to go on from. Returns how
         many tokens the row holds now.
         """
-        if not prefix.open:
+        if self._root is None or not prefix.open:
             return 0
         prefix.keys = page_keys(self._root, tokens[: len(tokens) - 1], prefix.keys)
         found = self._index.match(prefix.keys)
@@ -123,6 +125,8 @@ class KvRows:
 
         Each with its prefix, its tokens, and how many of them are in its pages.
         """
+        if self._root is None:
+            return
         held: list[int] = []
         for row, prefix, tokens, length in written:
             full = length // PAGE_SIZE

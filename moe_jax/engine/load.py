@@ -51,6 +51,7 @@ def load(
     host_dtype: Literal["int8"] | None = None,
     max_tokens: int | None = 4096,
     max_seqs: int = 8,
+    share_prefixes: bool = True,
     expected_share: float = 1.0,
     missing_experts: MissingExperts = "auto",
     planner: Planner | None = None,
@@ -76,6 +77,8 @@ def load(
       max_tokens: the capacity of the KV cache, over all sequences that run together; None: what
         weights and workspace leave of the device's memory, at least 4096.
       max_seqs: how many sequences run together at most; each beam is one.
+      share_prefixes: whether requests that begin alike share the KV pages of their beginnings, also
+        with requests that have ended; benchmarks of prefill want it off.
       expected_share: the share of its max_tokens that a request is expected to use. With 1, it
         starts when the KV cache is sure to suffice. With less, more run together; where they turn
         out longer, the last of them is put back and computed again later, with the same tokens.
@@ -179,11 +182,12 @@ def load(
     plan = make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer)
     most = sum(config.moe_layers) if max_swaps is None else max_swaps
     observer = StepObserver(runner, Monitor(memory, curves), ExpertMover(runner, policy, most))
+    identity = hashlib.sha256(repr((config, dtype)).encode()).digest()
     seating = Seating(
         pages=memory.kv_pages,
         rows=max_seqs,
         expected_share=expected_share,
-        identity=hashlib.sha256(repr((config, dtype)).encode()).digest(),
+        identity=identity if share_prefixes else None,
     )
     sampler = Sampler(config.vocab, max_seqs)
     return Engine(

@@ -30,7 +30,7 @@ class Seating:
       restarts: how often a request lost its pages to another.
     """
 
-    def __init__(self, *, pages: int, rows: int, expected_share: float, identity: bytes):
+    def __init__(self, *, pages: int, rows: int, expected_share: float, identity: bytes | None):
         self.cached_tokens = 0
         self.restarts = 0
         self._rows = rows

@@ -64,7 +64,7 @@ def measure_engine(way: str, task: Task) -> dict[str, Any]:
     import moe_jax
     from moe_jax.placement.rules import fiddler
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"share_prefixes": False}
     if way == "driven":
         options["executor"] = "driven"
     elif way in ("host", "stream"):

@@ -15,8 +15,8 @@ PAGES, ROWS = 12, 4
 IDENTITY = hashlib.sha256(b"a model").digest()
 
 
-def kv_rows() -> KvRows:
-    return KvRows(PAGES, ROWS, IDENTITY)
+def kv_rows(identity: bytes | None = IDENTITY) -> KvRows:
+    return KvRows(PAGES, ROWS, identity)
 
 
 def start(rows: KvRows, tokens: list[int]) -> tuple[int, SharedPrefix, int]:
@@ -40,6 +40,15 @@ def test_the_same_tokens_share_full_pages_but_for_the_last_token(length, cached)
     assert rows.available == PAGES
     _, _, found = start(rows, tokens)
     assert found == cached
+
+
+def test_without_an_identity_nothing_is_shared_or_kept():
+    rows = kv_rows(None)
+    for _ in range(2):
+        row, prefix, cached = start(rows, list(range(40)))
+        assert cached == 0
+        rows.give_back([row], prefix)
+        assert rows.violations() == []
 
 
 def test_pages_in_use_by_one_are_shared_with_another():

@@ -120,6 +120,15 @@ def test_of_a_prompt_of_full_pages_the_last_is_computed(alone):
     assert (again.cached_tokens, again.tokens) == (48, expected)
 
 
+def test_sharing_can_be_switched_off(tiny):
+    engine = moe_jax.load(
+        tiny, dtype="float32", max_tokens=64, max_seqs=1, share_prefixes=False, progress=False
+    )
+    found = [engine.generate([5] * 40, max_tokens=2, ignore_eos=True) for _ in range(2)]
+    assert [one.cached_tokens for one in found] == [0, 0]
+    assert found[0].tokens == found[1].tokens
+
+
 def test_decoding_goes_on_beside_a_long_prompt(alone, tiny):
     engine = moe_jax.load(tiny, dtype="float32", max_tokens=1300, max_seqs=2, progress=False)
     short = engine.submit([5, 6], max_tokens=40, ignore_eos=True)
