@@ -35,12 +35,21 @@ def few_programs():
 def pytest_configure(config):
     """Ctrl-C is heard, and calibrations stay out of the user's cache; both in scripts as well.
 
-    A shell starts what runs in the background with Ctrl-C ignored.
+    A shell starts what runs in the background with Ctrl-C ignored. Programs are kept on disk while
+    the tests run, so that what one test has compiled another, or another process, need not.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cache = tempfile.TemporaryDirectory(prefix="moe_jax_tests_")
-    os.environ["MOE_JAX_CACHE"] = cache.name
-    config.add_cleanup(cache.cleanup)
+    if not hasattr(config, "workerinput"):  # the processes of pytest-xdist inherit these
+        cache = tempfile.TemporaryDirectory(prefix="moe_jax_tests_")
+        config.add_cleanup(cache.cleanup)
+        os.environ["MOE_JAX_CACHE"] = cache.name
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(cache.name, "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # jax has read the environment by now where this process is the only one.
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser):

@@ -55,7 +55,7 @@ def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     if tokens <= 8:
         return (min(tokens, 4),)
     if tokens <= 16:
-        return (4, 16) if experts <= 16 else (4,)
+        return (4,) if tokens * choices <= 4 * experts else (4, 16)
     if tokens <= 32:
         return (16,)
     share = 1 << max(16, tokens * choices // experts).bit_length() - 1

@@ -31,7 +31,7 @@ def mixed_requests(count):
         prompt = rng.integers(1, VOCAB, rng.integers(1, 40)).tolist()
         if rng.random() < 0.6:
             prompt = beginnings[rng.integers(3)] + prompt
-        options = {"max_tokens": int(rng.integers(1, 60)), "seed": index}
+        options = {"max_tokens": int(rng.integers(1, 32)), "seed": index}
         kind = rng.integers(6)
         if kind == 0:
             options |= {"temperature": 1.0, "top_p": 0.9}

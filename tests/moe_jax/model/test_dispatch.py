@@ -30,8 +30,8 @@ def blocks_of(where):
 
 @given(
     seed=st.integers(0, 1000),
-    tokens=st.sampled_from([1, 2, 7, 40, 150]),
-    shape=st.sampled_from([(1, 1), (1, 8), (2, 4), (4, 4), (8, 64)]),
+    tokens=st.sampled_from([1, 7, 150]),
+    shape=st.sampled_from([(1, 1), (2, 4), (8, 64)]),
     padding=st.sampled_from([0, 1, 3]),
 )
 def test_every_pair_is_weighted_by_its_expert(seed, tokens, shape, padding):
