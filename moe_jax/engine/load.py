@@ -189,7 +189,7 @@ def load(
         expected_share=expected_share,
         identity=identity if share_prefixes else None,
     )
-    sampler = Sampler(config.vocab, max_seqs)
+    sampler = Sampler(config.vocab, max_seqs + 1)  # the rows of the seating
     return Engine(
         EngineLoop(runner, seating, sampler, observer),
         observer,
