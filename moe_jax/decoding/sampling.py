@@ -70,12 +70,12 @@ def sample(
       What was chosen, and the counts with the chosen tokens.
     """
     edited = edit_logits(logits, options, counts, row, new_tokens, allowed)
-    token = jnp.argmax(edited, axis=-1).astype(jnp.int32)
+    token = _likeliest(edited)
     if options.draws:
         noise = jax.vmap(lambda seed, place: _noise(seed, place, logits.shape[-1]))(
             options.seed, position
         )
-        drawn = jnp.argmax(filter_logits(edited, options) + noise, axis=-1).astype(jnp.int32)
+        drawn = _likeliest(filter_logits(edited, options) + noise)
         token = jnp.where(options.temperature > 0, drawn, token)
     possible = jnp.take_along_axis(edited, token[:, None], axis=-1)[:, 0] > -jnp.inf
     if options.counts:
@@ -91,8 +91,18 @@ def sample_greedy(logits: Float32[Array, "seqs vocab"], top: int = 0) -> Sampled
     Among equal logits the lowest id wins. The caller chooses it in Python: a branch inside the
     program would stall the launch on a GPU.
     """
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = _likeliest(logits)
     return _sampled(logits, token, jnp.ones(token.shape, bool), top)
+
+
+def _likeliest(logits: Float32[Array, "seqs vocab"]) -> Int32[Array, " seqs"]:
+    """The lowest of the ids with the largest logit; any id where a logit is NaN.
+
+    Two plain reductions, which XLA:CPU vectorises; an argmax takes it three times as long.
+    """
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == largest, ids, ids[-1]), axis=-1)
 
 
 def _sampled(

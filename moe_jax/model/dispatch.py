@@ -47,15 +47,16 @@ class Dispatch:
 def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     """The widths of blocks in a step of this many tokens; rising.
 
-    On XLA:CPU up to four columns are multiplied in a way of their own, five to fifteen at several
-    times what sixteen take (the weight is converted first), and from a few hundred on a column
-    costs no less in a wider block. Each width of each expert is compiled, so short steps and layers
-    of many experts make do with few.
+    On XLA:CPU up to six columns are multiplied in a way of their own, four of them in the time that
+    reading the weight takes; seven to fifteen take no less than sixteen, and from a few hundred on
+    a column costs no less in a wider block. Each width of each expert is compiled, so short steps
+    and layers of many experts make do with few.
     """
     if tokens <= 8:
         return (min(tokens, 4),)
     if tokens <= 16:
-        return (4,) if tokens * choices <= 4 * experts else (4, 16)
+        few = (4, 6) if experts <= 16 else (4,)
+        return few if tokens * choices <= 4 * experts else (*few, 16)
     if tokens <= 32:
         return (16,)
     share = 1 << max(16, tokens * choices // experts).bit_length() - 1

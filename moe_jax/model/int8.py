@@ -54,7 +54,7 @@ def multiply_int8(
 ) -> Int32[Array, "out tokens"]:
     """Returns weight · columns, exactly. No sum may exceed int32: at most 133,000 inputs."""
     if columns.shape[1] <= FEW_COLUMNS and runs_on_cpu(weight):
-        return sum_products(weight, columns, jnp.int32, groups=8)
+        return sum_products(weight, columns, jnp.int32, groups=4)
     return lax.dot_general(
         weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
     )

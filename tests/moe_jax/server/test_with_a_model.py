@@ -4,14 +4,13 @@ import openai
 import pytest
 
 import moe_jax
-from tests.moe_jax.engine.conftest import tiny  # noqa: F401 - a fixture
 from tests.moe_jax.server.conftest import MODEL, serving
 
 PROMPT = "one mixture of many"
 
 
 @pytest.fixture(scope="module")
-def engine(tiny):  # noqa: F811
+def engine(tiny):
     return moe_jax.load(tiny, dtype="float32", max_tokens=512, max_seqs=2, progress=False)
 
 
