@@ -1,6 +1,7 @@
-"""Trains the reference model on the standard library's source, or measures a trained one.
+"""Trains the reference model on the standard library's source and on tasks that need the context.
 
-python scripts/train_reference.py --out FOLDER --minutes 8
+python scripts/train_reference.py --out FOLDER --steps 6000
+python scripts/train_reference.py --out FOLDER --steps 6000       (again: goes on where it stopped)
 python scripts/train_reference.py --evaluate moe_jax/assets/reference_model
 """
 
@@ -10,7 +11,8 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +23,20 @@ from tokenizers import Tokenizer
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, token_nats
 from moe_jax.evaluate.corpus import Document, pack_library, read_library, split_documents
+from moe_jax.evaluate.training_rows import ANSWER, TrainingText, step_rows
 from moe_jax.model.weights import ModelWeights
-from moe_jax.training.batches import batches, leading_whitespace_splits
 from moe_jax.training.export import export
 from moe_jax.training.forward import forward
 from moe_jax.training.restore import restore
-from moe_jax.training.step import (
-    Metrics,
-    State,
-    TrainingConfig,
-    initial_weights,
-    learning_rate,
-    make_step,
-)
+from moe_jax.training.saved_state import SavedStates
+from moe_jax.training.step import State, TrainingConfig, initial_weights, learning_rate, make_step
 from moe_jax.training.tokenizer import end_of_text_id, train_tokenizer
-
-PROMPTS = (
-    "def fibonacci(n):",
-    "def read_lines(path, encoding=None):\n    ",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\ndef main(",
-    "def ",
-)
+from moe_jax.training.whitespace import leading_whitespace_splits
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=pathlib.Path, help="train, and write the model here")
@@ -58,31 +47,27 @@ def parse() -> argparse.Namespace:
     add("--log", type=pathlib.Path, help="the training.jsonl that --curve draws")
     add("--corpus", type=pathlib.Path, nargs="*", help="library folders or a packed archive")
     add("--xz", type=float, help="bits per byte of xz, for --curve")
-    add("--minutes", type=float, default=65, help="wall-clock time for everything")
-    add("--max-epochs", type=float, default=40, help="stop after so many passes over the text")
+    add("--start-from", type=pathlib.Path, help="a trained folder whose weights to start with")
+    add("--steps", type=int, default=6000, help="steps in all (6000)")
     add("--every", type=int, default=1, help="evaluate every n-th held-out file only")
-    add("--tokens", type=int, default=8192, help="tokens in a batch")
-    add("--positions", type=int, default=512, help="tokens in a sequence at first")
-    add("--last-positions", type=int, default=1024, help="tokens in a sequence at the end")
-    add("--last-part", type=float, default=0.2, help="part of the time that is the end")
-    add("--peak", type=float, default=0.02, help="highest learning rate")
-    add("--weight-decay", type=float, default=0.03, help="decay of matrices")
-    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
-    add("--capacity", type=float, default=1.25, help="room in an expert over its fair share")
+    add("--tokens", type=int, default=8192, help="tokens in a step (8192)")
+    add("--peak", type=float, default=0.015, help="highest learning rate (0.015)")
+    add("--decay", type=float, default=0.35, help="last part of the steps: the rate falls (0.35)")
+    add("--weight-decay", type=float, default=0.03, help="decay of matrices (0.03)")
+    add("--balance", type=float, default=0.01, help="weight of the load-balancing loss (0.01)")
+    add("--capacity", type=float, default=1.25, help="room in an expert over its share (1.25)")
     add("--split", type=float, default=0.02, help="part of tokens whose whitespace is split off")
-    add("--resume", type=pathlib.Path, help="the state.npz of an earlier run to go on from")
-    add("--elapsed", type=float, default=0, help="minutes the run to go on from has had")
-    add("--start", type=float, default=0, help="minutes before that run's first step")
-    add("--reserve", type=float, default=1.0, help="minutes for the last measurement")
-    add("--seed", type=int, default=0, help="weights and order of documents")
-    add("--vocab", type=int, default=4096, help="entries of the tokenizer")
-    add("--embed", type=int, default=256, help="width of the model")
-    add("--layers", type=int, default=6, help="number of layers")
-    add("--heads", type=int, default=4, help="query heads")
-    add("--kv-heads", type=int, default=2, help="key and value heads")
-    add("--head-dim", type=int, default=64, help="width of a head")
-    add("--experts", type=int, default=8, help="experts in every layer, two per token")
-    add("--ffn", type=int, default=256, help="hidden width of an expert")
+    add("--report-every", type=int, default=25, help="steps between lines of the log (25)")
+    add("--save-every", type=int, default=200, help="steps between saved states (200)")
+    add("--seed", type=int, default=0, help="weights and rows")
+    add("--vocab", type=int, default=4096, help="entries of the tokenizer (4096)")
+    add("--embed", type=int, default=256, help="width of the model (256)")
+    add("--layers", type=int, default=6, help="number of layers (6)")
+    add("--heads", type=int, default=4, help="query heads (4)")
+    add("--kv-heads", type=int, default=2, help="key and value heads (2)")
+    add("--head-dim", type=int, default=64, help="width of a head (64)")
+    add("--experts", type=int, default=8, help="experts in every layer, two per token (8)")
+    add("--ffn", type=int, default=256, help="hidden width of an expert (256)")
     return parser.parse_args()
 
 
@@ -99,7 +84,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         rope=RopeConfig(),
         moe_layers=(True,) * args.layers,
         windows=(None,) * args.layers,
-        max_positions=2048,
+        max_positions=4096 + 512,
         tied_embeddings=True,
     )
 
@@ -142,150 +127,102 @@ def bits_per_byte(
     return result.bits_per_byte, np.mean(jax.device_get(shares), axis=0)
 
 
-def save_state(state: State, folder: pathlib.Path) -> None:
-    """Writes what `--resume` needs, under another name first."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-    partial = folder / "state.partial.npz"
-    np.savez(partial, *leaves)
-    partial.rename(folder / "state.npz")
+class Log:
+    """Adds up what steps measured and writes a line of JSON now and then."""
 
+    def __init__(self, file: pathlib.Path, bytes_per_token: float, fair: int):
+        self._file, self._bytes_per_token, self._fair = file, bytes_per_token, fair
+        self._clear()
 
-def load_state(state: State, file: pathlib.Path) -> State:
-    """A saved state of the same shape."""
-    with np.load(file) as saved:
-        leaves = [jnp.asarray(saved[name]) for name in saved.files]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    def _clear(self) -> None:
+        self._nats: dict[str, list[float]] = defaultdict(list)
+        self._shares: list[np.ndarray] = []
+        self._began = time.monotonic()
+
+    def add(self, nats: np.ndarray, importance: np.ndarray, shares: np.ndarray) -> None:
+        for name, weight in (("text", 1.0), ("answer", ANSWER)):
+            chosen = importance == weight
+            if chosen.any():
+                self._nats[name].append(float(nats[chosen].mean()))
+        self._shares.append(shares)
+
+    def write(self, step: int, steps: int, **more: float) -> None:
+        mean = {name: float(np.mean(values)) for name, values in self._nats.items()}
+        if not all(map(math.isfinite, mean.values())):
+            raise FloatingPointError(f"the loss is {mean} after {step} steps; lower --peak")
+        shares = np.mean(self._shares, axis=0) * self._fair
+        text_bits = mean.get("text", math.nan) / math.log(2) / self._bytes_per_token
+        line = {
+            "step": step,
+            "seconds_per_step": round((time.monotonic() - self._began) / steps, 3),
+            "training_bits_per_byte": round(text_bits, 4),
+            "answer_nats": round(mean.get("answer", math.nan), 4),
+            "least_share": round(float(shares.min()), 3),
+            "most_share": round(float(shares.max()), 3),
+            **more,
+        }
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        self._clear()
 
 
 def train(args: argparse.Namespace) -> None:
-    began = time.monotonic() - 60 * args.elapsed
-    minutes = lambda: (time.monotonic() - began) / 60
     config = model_config(args)
     training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
     sample = held_out[::24]
-    tokenizer = train_tokenizer([d.text for d in training], args.vocab)
+    if args.start_from:
+        tokenizer = Tokenizer.from_file(str(args.start_from / "tokenizer.json"))
+        weights, _ = restore(args.start_from)
+    else:
+        tokenizer = train_tokenizer([d.text for d in training], args.vocab)
+        weights = initial_weights(config, args.seed)
     end = end_of_text_id(tokenizer)
     encoded = tokenizer.encode_batch_fast([d.text for d in training])
-    documents = [np.asarray([*e.ids, end], np.int32) for e in encoded]
-    epoch_tokens = sum(d.size for d in documents)
-    size = sum(d.size for d in training)
-    print(
-        f"{len(training)} files, {size} bytes, {epoch_tokens} tokens for training; "
-        f"{len(held_out)} files, {sum(d.size for d in held_out)} bytes held out; "
-        f"{minutes():.2f} minutes so far",
-        flush=True,
+    text = TrainingText(
+        tokens=np.concatenate([np.asarray([*e.ids, end], np.int32) for e in encoded]),
+        encode=lambda part: tokenizer.encode(part).ids,
+        end_of_text=end,
+        splits=leading_whitespace_splits(tokenizer.get_vocab()),
+        split_part=args.split,
     )
+    size = sum(d.size for d in training)
     settings = TrainingConfig(
         balance=args.balance, weight_decay=args.weight_decay, capacity=args.capacity
     )
-    weights = initial_weights(config, args.seed)
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(weights)))
     state, step, weights_of = make_step(config, settings, weights)
-    if args.resume:
-        state = load_state(state, args.resume)
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(weights)))
     score = make_score(config)
-    print(f"{count} parameters on {jax.devices()[0]}, jax {jax.__version__}", flush=True)
-
     args.out.mkdir(parents=True, exist_ok=True)
-    log = (args.out / "training.jsonl").open("a" if args.resume else "w")
+    states = SavedStates(args.out / "states")
+    saved = states.newest(state)
+    state = saved or state
     header = {"settings": dataclasses.asdict(settings), "model": dataclasses.asdict(config)}
-    header |= {"arguments": vars(args), "parameters": count, "epoch_tokens": epoch_tokens}
+    header |= {"arguments": vars(args), "parameters": count, "epoch_tokens": text.tokens.size}
     header |= {"device": str(jax.devices()[0].device_kind), "training_bytes": size}
     header |= {"jax": jax.__version__, "sample_bytes": sum(d.size for d in sample)}
-    if not args.resume:
-        log.write(json.dumps(header, default=str) + "\n")
+    log_file = args.out / "training.jsonl"
+    if saved is None:
+        log_file.write_text(json.dumps(header, default=str) + "\n")
+    print(json.dumps(header, default=str), f"from step {int(state.step)}", flush=True)
 
-    def report(state: State, steps: int, window: list[Metrics], measure: bool) -> None:
-        nats = float(np.mean([m.nats for m in window]))
-        if not math.isfinite(nats):
-            raise FloatingPointError(f"the loss is {nats} after {steps} steps; lower --peak")
-        shares = np.mean([m.shares for m in window], axis=0) * config.moe.num_experts
-        line = {
-            "step": steps,
-            "minutes": round(minutes(), 3),
-            "epochs": round(steps * args.tokens / epoch_tokens, 3),
-            "loss": round(nats, 4),
-            "training_bits_per_byte": round(nats * epoch_tokens / size / math.log(2), 4),
-            "least_share": round(float(shares.min()), 3),
-            "most_share": round(float(shares.max()), 3),
-        }
-        if measure:
-            bits, _ = bits_per_byte(weights_of(state), score, sample, tokenizer, 1024, 4)
-            line["held_out_bits_per_byte"] = round(bits, 4)
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-        print(json.dumps(line), flush=True)
+    def keep(state: State) -> float:
+        states.save(state)
+        export(weights_of(state), config, tokenizer, args.out)
+        return bits_per_byte(weights_of(state), score, sample, tokenizer, 1024, 4)[0]
 
-    pairs = leading_whitespace_splits(tokenizer.get_vocab())
-
-    def rows_of(positions: int, seed: int) -> Iterator[np.ndarray]:
-        return batches(
-            documents,
-            seqs=args.tokens // positions,
-            length=positions + 1,
-            pairs=pairs,
-            part=args.split,
-            seed=seed,
-        )
-
-    rows, late = rows_of(args.positions, args.seed + int(state.step)), False
-    max_steps = args.max_epochs * epoch_tokens / args.tokens
-    # The first step compiles; the end needs time for a last measurement and the export.
-    state, metrics = step(state, next(rows), jnp.float32(0))
-    jax.block_until_ready(metrics)
-    start = args.start if args.resume else minutes()
-    reserve = args.reserve
-    if start + reserve >= args.minutes:
-        raise SystemExit(f"{start:.1f} minutes went by before training; raise --minutes")
-    print(f"training starts at {start:.2f} minutes", flush=True)
-    steps, window, reported, saved = int(state.step) - 1, [], minutes(), minutes()
-    while True:
-        progress = max((minutes() - start) / (args.minutes - reserve - start), steps / max_steps)
-        if progress >= 1:
-            break
-        if progress > 1 - args.last_part and not late:
-            rows, late = rows_of(args.last_positions, args.seed + 1), True
-        rate = jnp.float32(learning_rate(progress, args.peak))
-        state, metrics = step(state, next(rows), rate)
-        window.append(metrics)
-        steps += 1
-        if steps % 2 == 0:
-            jax.block_until_ready(metrics)
-        if minutes() - reported > args.minutes / 100:
-            window = jax.device_get(window)
-            keep = minutes() - saved > args.minutes / 12
-            report(state, steps, window, measure=keep)
-            window, reported = [], minutes()
-            if keep:
-                saved = reported
-                export(weights_of(state), config, tokenizer, args.out)
-                save_state(state, args.out)
-    export(weights_of(state), config, tokenizer, args.out)
-    save_state(state, args.out)
-    report(state, steps, jax.device_get(window or [metrics]), measure=True)
-    log.close()
-    print(f"done after {minutes():.2f} minutes and {steps} steps", flush=True)
-
-
-def continuation(
-    weights: ModelWeights, config: ModelConfig, tokenizer: Tokenizer, prompt: str, tokens: int
-) -> str:
-    """The most probable continuation of a prompt, without a cache."""
-    ids = tokenizer.encode(prompt).ids
-    context = len(ids) + tokens
-
-    @nnx.jit
-    def following(weights: ModelWeights, row: jax.Array, last: jax.Array) -> jax.Array:
-        logits = forward(weights, config, row[None], dtype=jnp.bfloat16).logits
-        return logits[0, last].argmax()
-
-    row = np.full(context, end_of_text_id(tokenizer), np.int32)
-    row[: len(ids)] = ids
-    for place in range(len(ids), context):
-        row[place] = following(weights, jnp.asarray(row), jnp.int32(place - 1))
-        if row[place] == end_of_text_id(tokenizer):
-            break
-    return tokenizer.decode(row[: place + 1].tolist(), skip_special_tokens=True)
+    log = Log(log_file, size / text.tokens.size, config.moe.num_experts)
+    for done in range(int(state.step), args.steps):
+        rows, importance = step_rows(text, args.tokens, args.seed, done)
+        rate = learning_rate(done / args.steps, args.peak, warm_up=0.01, decay=args.decay)
+        state, metrics = step(state, rows, importance, jnp.float32(rate))
+        log.add(np.asarray(metrics.nats), importance, np.asarray(metrics.shares))
+        last = done + 1 == args.steps
+        if last or (done + 1) % args.save_every == 0:
+            log.write(done + 1, args.report_every, held_out_bits_per_byte=round(keep(state), 4))
+        elif (done + 1) % args.report_every == 0:
+            log.write(done + 1, args.report_every)
+    states.close()
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -303,9 +240,6 @@ def evaluate(args: argparse.Namespace) -> None:
     fair = shares * config.moe.num_experts
     for layer, row in enumerate(fair):
         print(f"layer {layer}: experts' use over fair share {row.min():.2f} to {row.max():.2f}")
-    for prompt in PROMPTS:
-        print("-" * 80)
-        print(continuation(weights, config, tokenizer, prompt, 64))
 
 
 def main() -> None:

@@ -36,6 +36,8 @@ class Engine:
     Attributes:
       plan: what lives where, the speed to expect and what limits it; print it.
       config: the model's sizes and switches.
+      tokenizer: text to token ids and back; None if the folder has none.
+      stop_tokens: the ids that end a text.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Engine:
         self._observer = observer
         self._source = source
         self._template = template
-        self._stop_tokens = stop_tokens
+        self.stop_tokens = stop_tokens
         self._capacity = max_tokens
         self._max_seqs = max_seqs
         self._progress = progress
@@ -252,7 +254,7 @@ class Engine:
             prompt=tokens,
             params=params,
             limit=limit,
-            stop_tokens=frozenset() if params.ignore_eos else self._stop_tokens,
+            stop_tokens=frozenset() if params.ignore_eos else self.stop_tokens,
             # The tokens before decide whether the continuation of a text starts with a space.
             context=tokens[-8:] if isinstance(prompt, str) else (),
             tokenizer=self.tokenizer,

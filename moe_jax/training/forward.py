@@ -3,6 +3,7 @@
 Knows no cache, no pages and no placement. In float32 its logits equal the engine's.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from moe_jax.training.attention import causal_attention
 from moe_jax.training.mixture import mixture
 from moe_jax.training.norm import rms_norm
 from moe_jax.training.products import multiply_transposed, project
+
+# (query, key, value) [seqs, positions, heads or kv_heads, head_dim] -> as query.
+Attend = Callable[[Array, Array, Array], Array]
 
 
 class Hidden(NamedTuple):
@@ -67,6 +71,7 @@ def hidden_states(
     *,
     dtype: DTypeLike = jnp.float32,
     capacity: float | None = None,
+    attend: Attend = causal_attention,
 ) -> Hidden:
     """Runs all layers over whole sequences, each from position 0.
 
@@ -76,6 +81,7 @@ def hidden_states(
       tokens: token ids.
       dtype: of activations and products; norms, softmax and routing are float32.
       capacity: see `moe_jax.training.mixture`; None is exact.
+      attend: mixes the values of each position's predecessors.
 
     Raises:
       ValueError: the model is of a kind that is not trained here.
@@ -90,7 +96,7 @@ def hidden_states(
     balance, shares = [], []
     for layer in weights.layers:
         normed = rms_norm(x, layer.attention_norm[...], config.norm_epsilon)
-        x = x + _attend(layer.attention, config, normed, angles, seqs)
+        x = x + _attend(layer.attention, config, normed, angles, seqs, attend)
         normed = rms_norm(x, layer.ffn_norm[...], config.norm_epsilon)
         y, layer_balance, layer_shares = mixture(layer, config, normed, capacity)
         x = x + y
@@ -113,9 +119,10 @@ def forward(
     *,
     dtype: DTypeLike = jnp.float32,
     capacity: float | None = None,
+    attend: Attend = causal_attention,
 ) -> Outputs:
     """The logits of every position; arguments and errors as in `hidden_states`."""
-    hidden = hidden_states(weights, config, tokens, dtype=dtype, capacity=capacity)
+    hidden = hidden_states(weights, config, tokens, dtype=dtype, capacity=capacity, attend=attend)
     logits = multiply_transposed(hidden.states, output_table(weights).astype(dtype))
     return Outputs(logits.reshape(*tokens.shape, -1), hidden.shares)
 
@@ -126,6 +133,7 @@ def _attend(
     x: Float[Array, "tokens embed"],
     angles: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]],
     seqs: int,
+    attend: Attend,
 ) -> Float[Array, "tokens embed"]:
     a = config.attention
     parts = project(x, attention.qkv[...]).reshape(x.shape[0], -1, a.head_dim)
@@ -137,7 +145,7 @@ def _attend(
         part.reshape(seqs, -1, *part.shape[1:])
         for part in (rotate(query, *angles), rotate(key, *angles), value)
     )
-    mixed = causal_attention(query, key, value)
+    mixed = attend(query, key, value)
     return project(mixed.reshape(x.shape[0], -1), attention.output[...])
 
 

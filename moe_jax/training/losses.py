@@ -35,23 +35,29 @@ def mean_nats(
     x: Float[Array, "tokens embed"],
     table: Float[Array, "vocab embed"],
     targets: Int[Array, " tokens"],
-) -> Float[Array, ""]:
-    """Mean of minus the log probability of each target under the logits x · tableᵀ.
+    importance: Float[Array, " tokens"],
+) -> tuple[Float[Array, ""], Float[Array, " tokens"]]:
+    """Minus the log probability of each target under the logits x · tableᵀ.
 
     Logits and their gradient exist for a few tokens at a time only, and are made once: the forward
     pass computes the gradients too.
+
+    Returns:
+      The mean, weighted by importance, and the nats of every token; these carry no gradient.
     """
-    return _mean_nats_forward(x, table, targets)[0]
+    return _mean_nats_forward(x, table, targets, importance)[0]
 
 
 def _mean_nats_forward(
-    x: Array, table: Array, targets: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
+    x: Array, table: Array, targets: Array, importance: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     narrow = table.astype(x.dtype)
     turned = transpose(narrow)
-    total, dtable, dx = jnp.float32(0), jnp.zeros(table.shape, jnp.float32), []
+    share = importance / importance.sum()
+    nats, dtable, dx = [], jnp.zeros(table.shape, jnp.float32), []
     for start in range(0, x.shape[0], _CHUNK):
-        part, target = x[start : start + _CHUNK], targets[start : start + _CHUNK]
+        here = slice(start, start + _CHUNK)
+        part, target = x[here], targets[here]
         # [vocab, tokens]: sums over the first of two axes are vectorised, over the last not.
         logits = multiply_transposed(narrow, part)
         top = logits.max(axis=0, keepdims=True)
@@ -59,19 +65,24 @@ def _mean_nats_forward(
         sums = weights.sum(axis=0, keepdims=True)
         is_target = target[None, :] == jnp.arange(table.shape[0])[:, None]
         at_target = jnp.where(is_target, logits, 0).sum(axis=0)
-        total = total + (jnp.log(sums[0]) + top[0] - at_target).sum()
-        dlogits = (weights / sums - is_target.astype(jnp.float32)).astype(x.dtype)
+        nats.append(jnp.log(sums[0]) + top[0] - at_target)
+        # As large as the tokens are many until the end, so that bfloat16 keeps small ones.
+        scale = share[here] * x.shape[0]
+        dlogits = (weights / sums - is_target.astype(jnp.float32)) * scale[None, :]
+        dlogits = dlogits.astype(x.dtype)
         dx.append(transpose(multiply(turned, dlogits)))
         dtable = dtable + multiply(dlogits, part)
+    every = jnp.concatenate(nats)
     dx = (jnp.concatenate(dx) / x.shape[0]).astype(x.dtype)
-    return total / x.shape[0], (dx, (dtable / x.shape[0]).astype(table.dtype), targets)
+    dtable = (dtable / x.shape[0]).astype(table.dtype)
+    return ((every * share).sum(), every), (dx, dtable)
 
 
 def _mean_nats_backward(
-    saved: tuple[Array, Array, Array], scale: Array
-) -> tuple[Array, Array, None]:
-    dx, dtable, _ = saved
-    return dx * scale.astype(dx.dtype), dtable * scale.astype(dtable.dtype), None
+    saved: tuple[Array, Array], scales: tuple[Array, Array]
+) -> tuple[Array, Array, None, None]:
+    (dx, dtable), (scale, _) = saved, scales
+    return dx * scale.astype(dx.dtype), dtable * scale.astype(dtable.dtype), None, None
 
 
 mean_nats.defvjp(_mean_nats_forward, _mean_nats_backward)

@@ -48,9 +48,9 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step measured: nats per token, and the experts' shares of all choices."""
+    """What a step measured: nats of every target, and the experts' shares of all choices."""
 
-    nats: Float[Array, ""]
+    nats: Float[Array, "seqs positions"]
     balance: Float[Array, ""]
     shares: Float[Array, "layers experts"]
 
@@ -115,29 +115,38 @@ def make_step(
 ) -> tuple[State, Callable[..., tuple[State, Metrics]], Callable[[State], ModelWeights]]:
     """Returns the first state, the jitted step, and a function from state back to weights.
 
-    The step takes (state, rows [seqs, positions + 1], learning rate) and donates the state.
+    The step takes (state, rows [seqs, positions + 1], the importance of each row's last positions,
+    learning rate) and donates the state.
     Products are bfloat16, parameters and moments float32.
     """
     graph, parameters = nnx.split(weights)
     optimiser = make_optimiser(config, training)
 
     def loss(
-        parameters: PyTree[Array], rows: Int[Array, "seqs length"]
+        parameters: PyTree[Array],
+        rows: Int[Array, "seqs length"],
+        importance: Float[Array, "seqs positions"],
     ) -> tuple[Float[Array, ""], Metrics]:
         weights = nnx.merge(graph, parameters)
         hidden = hidden_states(
             weights, config, rows[:, :-1], dtype=jnp.bfloat16, capacity=training.capacity
         )
-        nats = mean_nats(hidden.states, output_table(weights), rows[:, 1:].reshape(-1))
+        mean, nats = mean_nats(
+            hidden.states, output_table(weights), rows[:, 1:].reshape(-1), importance.reshape(-1)
+        )
         balance = hidden.balance.sum()
-        total = nats + training.balance * balance
+        total = mean + training.balance * balance
+        nats = nats.reshape(importance.shape)
         return total, Metrics(nats, balance / config.layers, hidden.shares)
 
     @jax.jit(donate_argnums=0)
     def step(
-        state: State, rows: Int[Array, "seqs length"], learning_rate: Float[Array, ""]
+        state: State,
+        rows: Int[Array, "seqs length"],
+        importance: Float[Array, "seqs positions"],
+        learning_rate: Float[Array, ""],
     ) -> tuple[State, Metrics]:
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.weights, rows)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.weights, rows, importance)
         # optax relies on promotion, which our tests forbid.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, moments = optimiser.update(gradient, state.optimiser, state.weights)

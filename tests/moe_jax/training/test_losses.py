@@ -7,17 +7,24 @@ from moe_jax.training import losses
 from tests.tolerances import assert_close
 
 
-def test_nats_and_gradients_are_those_of_the_whole_softmax(monkeypatch):
+@pytest.mark.parametrize("weigh", [jnp.ones_like, lambda targets: targets % 3])
+def test_nats_and_gradients_are_those_of_the_whole_softmax(monkeypatch, weigh):
     monkeypatch.setattr(losses, "_CHUNK", 5)
     keys = jax.random.split(jax.random.key(0), 3)
     x, table = jax.random.normal(keys[0], (12, 8)), jax.random.normal(keys[1], (30, 8))
     targets = jax.random.randint(keys[2], (12,), 0, 30)
-    plain = lambda x, table: token_nats((x @ table.T)[None], targets[None]).mean()
-    actual = jax.value_and_grad(losses.mean_nats, argnums=(0, 1))(x, table, targets)
-    expected = jax.value_and_grad(plain, argnums=(0, 1))(x, table)
-    assert_close(actual[0], expected[0])
-    for gradient, wanted in zip(actual[1], expected[1], strict=True):
-        assert_close(gradient, wanted)
+    importance = weigh(targets).astype(jnp.float32)
+
+    def plain(x, table):
+        nats = token_nats((x @ table.T)[None], targets[None])[0]
+        return (nats * importance).sum() / importance.sum(), nats
+
+    gradient = lambda function, *more: jax.value_and_grad(
+        lambda x, table: function(x, table, *more), argnums=(0, 1), has_aux=True
+    )(x, table)
+    actual, expected = gradient(losses.mean_nats, targets, importance), gradient(plain)
+    for one, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(one, wanted)
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [([[0], [1], [2], [3]], 1.0), ([[2]] * 4, 4.0)])

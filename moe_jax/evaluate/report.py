@@ -1,0 +1,68 @@
+"""Results of an evaluation as a table in Markdown and as JSON."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_jax.evaluate.perplexity import Perplexity
+from moe_jax.evaluate.questions import Answers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      task, group: what was measured; the group "all" is the whole task.
+      value: a share of right answers, or a perplexity.
+      low, high: its 95 % confidence interval.
+      count: questions, or tokens.
+    """
+
+    task: str
+    group: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def is_share(self) -> bool:
+        """Whether more is better and 1 is all."""
+        return self.task != "perplexity"
+
+
+def perplexity_row(result: Perplexity) -> Row:
+    """The line of a perplexity."""
+    return Row("perplexity", "all", result.value, *result.interval, result.tokens)
+
+
+def answer_rows(answers: Answers, name: str | None = None) -> list[Row]:
+    """A line for a task and, where there are several, one for each group; `name`: another name."""
+    task = name or answers.task
+    groups = {"all": answers.total}
+    if len(answers.groups) > 1:
+        groups |= answers.groups
+    return [
+        Row(task, group, accuracy.share, *accuracy.interval, accuracy.total)
+        for group, accuracy in groups.items()
+    ]
+
+
+def as_markdown(rows: Iterable[Row]) -> str:
+    """A table."""
+    lines = ["| task | | result | 95 % interval | of |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        shown = "{:.1%}".format if row.is_share else "{:.4g}".format
+        unit = "questions" if row.is_share else "tokens"
+        low, high = shown(row.low), shown(row.high)
+        lines.append(
+            f"| {row.task} | {row.group} | {shown(row.value)} | {low} to {high} "
+            f"| {row.count} {unit} |"
+        )
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row], **about: Any) -> dict[str, Any]:
+    """What json.dump takes: what `about` says, and the rows."""
+    return {**about, "results": [vars(row) for row in rows]}

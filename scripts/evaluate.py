@@ -1,0 +1,156 @@
+"""Judges a model: perplexity on text it has not seen, and tasks that need the context.
+
+Without arguments: the embedded reference model, all tasks. --require makes it a gate: the exit
+status is 1 where a task is below, or the perplexity above, what is given.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import moe_jax
+from moe_jax.engine.load import reference_model_folder
+from moe_jax.evaluate.corpus import read_library, split_documents
+from moe_jax.evaluate.perplexity import perplexity
+from moe_jax.evaluate.questions import TASKS, answer, make_questions, text_start
+from moe_jax.evaluate.report import Row, answer_rows, as_json, as_markdown, perplexity_row
+
+ALL = ("perplexity", *TASKS, "glued")
+# Questions in each group, and every n-th held-out file of the library: the whole and --quick.
+EACH = {"passkey": (20, 2), "recall": (200, 24), "cross_chunk": (60, 6), "copying": (50, 8)}
+EVERY = (24, 96)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="Hugging Face or saved folder (default: embedded model)")
+    add(
+        "--tasks",
+        metavar="A,B",
+        help=f"some of {', '.join(ALL)} (default: all; of another model all but glued, which is "
+        "cross_chunk with chunks that have not seen one another)",
+    )
+    add("--quick", action="store_true", help="a tenth of the questions, for a check in a minute")
+    add("--seed", type=int, default=0, help="of the questions (0)")
+    add("--context", type=int, default=1024, help="tokens in a window for the perplexity (1024)")
+    add("--stride", type=int, default=512, help="tokens from one window to the next (512)")
+    add("--require", metavar="TASK=X,...", default="", help="exit with 1 where a task is worse")
+    add("--json", type=Path, metavar="FILE", help="write the results here as JSON too")
+    add("--markdown", type=Path, metavar="FILE", help="write the table here too")
+    add("--device-memory", metavar="SIZE", help='device budget such as "24GiB"')
+    add("--host-memory", metavar="SIZE", help="budget for experts in host memory (default: all)")
+    add("--dtype", default="bfloat16", help="bfloat16 or float32 (default: bfloat16)")
+    add("--host-dtype", help="int8 for experts in host memory in 8 bits (default: as --dtype)")
+    add("--missing-experts", default="auto", help="auto, stream or host (default: auto)")
+    add("--max-seqs", type=int, default=8, help="requests that run together (8)")
+    return parser.parse_args()
+
+
+def chosen_tasks(arguments: argparse.Namespace) -> list[str]:
+    """Raises ValueError for an unknown one."""
+    default = ALL if arguments.model is None else ALL[:-1]
+    tasks = arguments.tasks.split(",") if arguments.tasks else default
+    for task in tasks:
+        if task not in ALL:
+            raise ValueError(f"there is no task {task!r}; there are {', '.join(ALL)}")
+    return list(tasks)
+
+
+def requirements(text: str) -> dict[str, float]:
+    """Raises ValueError unless it is like passkey=0.9,perplexity=8."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        task, _, limit = part.partition("=")
+        try:
+            found[task] = float(limit)
+        except ValueError:
+            raise ValueError(f"--require takes TASK=NUMBER,..., got {part!r}") from None
+        if task not in ALL:
+            raise ValueError(f"--require names {task!r}; there are {', '.join(ALL)}")
+    return found
+
+
+def run(engine: moe_jax.Engine, tasks: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
+    _, held_out = split_documents(read_library())
+    assert engine.tokenizer is not None, "text_start would have refused it"
+    start = list(text_start(engine))
+    sample = held_out[:: EVERY[arguments.quick]]
+    texts = [[*start, *engine.tokenizer.encode_chat(one.text)] for one in sample]
+    # To hide things in; a few files would do, but all the same in both forms.
+    hiding = np.concatenate([engine.tokenizer.encode_chat(one.text) for one in held_out[::24]])
+    rows: list[Row] = []
+    for task in tasks:
+        began = time.perf_counter()
+        if task == "perplexity":
+            found = perplexity(engine, texts, context=arguments.context, stride=arguments.stride)
+            rows.append(perplexity_row(found))
+        else:
+            name = "cross_chunk" if task == "glued" else task
+            each = EACH[name][arguments.quick]
+            questions = make_questions(name, engine, hiding, each, arguments.seed)
+            if task == "glued":
+                from moe_jax.evaluate.glued import answer_glued  # noqa: PLC0415 - needs `train`
+                from moe_jax.training.restore import restore  # noqa: PLC0415
+
+                weights, config = restore(Path(arguments.model or reference_model_folder()))
+                rows += answer_rows(answer_glued(weights, config, questions), "glued")
+            else:
+                rows += answer_rows(answer(engine, questions))
+        print(f"{task}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    tasks, required = chosen_tasks(arguments), requirements(arguments.require)
+    if missing := set(required) - set(tasks):
+        raise ValueError(f"--require names {', '.join(sorted(missing))}, which is not in --tasks")
+    engine = moe_jax.load(
+        arguments.model,
+        device_memory=arguments.device_memory,
+        host_memory=arguments.host_memory,
+        dtype=arguments.dtype,
+        host_dtype=arguments.host_dtype,
+        missing_experts=arguments.missing_experts,
+        max_tokens=arguments.max_seqs * 4352,
+        max_seqs=arguments.max_seqs,
+    )
+    rows = run(engine, tasks, arguments)
+    table = as_markdown(rows)
+    print(table)
+    if arguments.markdown:
+        arguments.markdown.write_text(table + "\n")
+    if arguments.json:
+        device = jax.devices()[0].device_kind
+        about = {"model": str(arguments.model or "embedded"), "seed": arguments.seed}
+        about |= {"quick": arguments.quick, "python": platform.python_version()}
+        about |= {"jax": jax.__version__, "device": device, "dtype": arguments.dtype}
+        arguments.json.write_text(json.dumps(as_json(rows, **about), indent=1) + "\n")
+    whole = {row.task: row for row in rows if row.group == "all"}
+    failed = False
+    for task, limit in required.items():
+        row = whole[task]
+        if not (row.value >= limit if row.is_share else row.value <= limit):
+            print(f"FAILS: {task} is {row.value:.4g}, required {limit:g}", file=sys.stderr)
+            failed = True
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from moe_jax.engine.load import reference_model_folder
+from moe_jax.evaluate.data import Question
+from moe_jax.evaluate.glued import answer_glued, visible
+from moe_jax.evaluate.questions import QuestionSet, answer, make_questions
+from moe_jax.training.restore import restore
+
+
+@pytest.fixture(scope="module")
+def model():
+    return restore(reference_model_folder())
+
+
+def test_a_chunk_sees_itself_and_the_question_sees_all():
+    question = Question((1,) * 6, (2,), chunks=(0, 3), end=5)
+    seen = visible(question, 7, glued=True).astype(int)
+    assert seen.tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1],
+    ]
+    assert (visible(question, 7, glued=False) == np.tri(7, dtype=bool)).all()
+
+
+def test_unglued_it_is_the_model(engine, text, model):
+    cross = make_questions("cross_chunk", engine, text, 2)
+    told = engine.generate([list(one.prompt) for one in cross.questions], max_tokens=2)
+    # What the engine says is right, whatever the model has learnt; and one token of it wrong.
+    said = [Question(q.prompt, tuple(t.tokens), q.chunks, q.end) for q, t in zip(
+        cross.questions, told, strict=True)]  # fmt: skip
+    wrong = [Question(q.prompt, (q.answer[0], q.answer[1] ^ 1), q.chunks, q.end) for q in said]
+    questions = QuestionSet("cross_chunk", {"said": said, "wrong": wrong})
+    answers = answer_glued(*model, questions, glued=False)
+    assert answers.right == answer(engine, questions).right == (True,) * 10 + (False,) * 10
+
+
+def test_glued_another_chunk_is_not_seen(engine, text, model):
+    (question, *_) = make_questions("cross_chunk", engine, text, 1).questions
+    # The answer is what follows the first chunk's end inside the second: a prompt that ends there.
+    start, stop = question.chunks[1], question.end - 1
+    inside = Question(question.prompt[:stop], (7,), question.chunks, stop)
+    other = Question((9,) * start + question.prompt[start:stop], (7,), question.chunks, stop)
+    found = []
+    for one in (inside, other):
+        right = [
+            answer_glued(*model, QuestionSet("", {"": [_with(one, token)]})).right[0]
+            for token in (engine.generate(list(one.prompt[start:]), max_tokens=1).tokens[0],)
+        ]
+        found += right
+    assert found == [True, True]
+
+
+def _with(question, token):
+    return Question(question.prompt, (token,), question.chunks, question.end + 1)
