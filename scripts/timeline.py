@@ -6,7 +6,6 @@ is planned for another machine and another size of expert.
 
 import argparse
 import sys
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from moe_jax.engine.load import reference_model_folder
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.placement.machines import MACHINES, curves_for, machine_named
 from moe_jax.placement.planner import plan_layer, plan_layers
-from moe_jax.placement.timeline import LANES, Timeline, make_timeline
+from moe_jax.placement.timeline import Timeline, make_timeline
+from moe_jax.placement.timeline_picture import draw_timeline
 
 
 def parse() -> argparse.Namespace:
@@ -41,40 +41,6 @@ def plan_elsewhere(engine: moe_jax.Engine, arguments: argparse.Namespace) -> Tim
     return make_timeline(counts, modes, curves)
 
 
-def draw(timeline: Timeline, layers: int, title: str) -> Any:
-    """A figure with a lane for each resource; raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - optional: the train extra
-    except ImportError as error:
-        raise ValueError(
-            "drawing needs matplotlib, which is not installed: pip install 'moe-jax[train]'"
-        ) from error
-    shown = [span for span in timeline.spans if span.layer < layers]
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    axes = figure.subplots()
-    end = max((span.end for span in shown), default=0.0)
-    for span in shown:
-        dense = span.expert < 0
-        axes.barh(
-            LANES.index(span.lane),
-            1e3 * (span.end - span.start),
-            left=1e3 * span.start,
-            color="lightgrey" if dense else f"C{span.expert % 10}",
-            edgecolor="white",
-            linewidth=0.5,
-        )
-        if not dense and span.end - span.start > 0.015 * end:
-            middle = 500 * (span.start + span.end)
-            axes.text(middle, LANES.index(span.lane), str(span.expert), ha="center", va="center")
-    starts = {span.layer: span.start for span in reversed(shown)}
-    for start in starts.values():
-        axes.axvline(1e3 * start, color="black", linewidth=0.5, linestyle=":")
-    axes.set_yticks(range(len(LANES)), LANES)
-    axes.invert_yaxis()
-    axes.set(xlabel="ms (grey: dense part; numbers: experts; dotted: a layer begins)", title=title)
-    return figure
-
-
 def main() -> None:
     arguments = parse()
     folder = arguments.checkpoint or reference_model_folder()
@@ -87,7 +53,8 @@ def main() -> None:
         what = "prefill" if arguments.tokens == 1 else "decode step"
         where = arguments.machine or "this machine"
         title = f"A {what} as planned for {where}, {arguments.resident:.0%} of the experts resident"
-        draw(timeline, arguments.layers, title).savefig(arguments.out, dpi=150)
+        figure = draw_timeline(timeline, layers=arguments.layers, title=title)
+        figure.savefig(arguments.out, dpi=150)
         print(f"written to {arguments.out}")
 
 

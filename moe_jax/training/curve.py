@@ -5,12 +5,14 @@ Knows only the log's lines: JSON, settings first.
 
 import json
 import pathlib
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
 def draw_curve(log: pathlib.Path, picture: pathlib.Path, reference: float | None = None) -> None:
-    """Draws bits per byte on training and held-out text, and the experts' shares, over epochs.
+    """Draws bits per byte, what answers cost, and the experts' shares, over steps.
 
     Args:
       log: training.jsonl.
@@ -18,28 +20,25 @@ def draw_curve(log: pathlib.Path, picture: pathlib.Path, reference: float | None
       reference: bits per byte of xz, drawn as a line; None: no line.
     """
     _, *lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    measured = [line for line in lines if "held_out_bits_per_byte" in line]
-    upper.plot(
-        [line["epochs"] for line in lines],
-        [line["training_bits_per_byte"] for line in lines],
-        label="training text",
-    )
-    upper.plot(
-        [line["epochs"] for line in measured],
-        [line["held_out_bits_per_byte"] for line in measured],
-        marker="o",
-        label="held-out modules (sample)",
-    )
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    text, answers, shares = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+
+    def plot(axes: Axes, name: str, label: str, **style: Any) -> None:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    plot(text, "training_bits_per_byte", "training text")
+    plot(text, "held_out_bits_per_byte", "held-out modules (sample)", marker="o")
     if reference is not None:
-        upper.axhline(
+        text.axhline(
             reference, color="grey", linestyle="--", label="xz -9e on the same sample, solid"
         )
-    upper.set(ylabel="bits per byte", ylim=(0.6, 2.6))
-    upper.legend()
-    for name, label in (("least_share", "least used expert"), ("most_share", "most used expert")):
-        lower.plot([line["epochs"] for line in lines], [line[name] for line in lines], label=label)
-    lower.set(xlabel="passes over the training text", ylabel="share / fair share", ylim=(0, None))
-    lower.legend()
+    text.set(ylabel="bits per byte")
+    plot(answers, "answer_nats", "answers of the tasks (training split)")
+    answers.set(ylabel="nats per token", yscale="log")
+    plot(shares, "least_share", "least used expert")
+    plot(shares, "most_share", "most used expert")
+    shares.set(xlabel="steps", ylabel="share / fair share", ylim=(0, None))
+    for axes in (text, answers, shares):
+        axes.legend()
     figure.savefig(picture, dpi=110)

@@ -1,0 +1,53 @@
+"""scripts/train_reference.py: a run in small, stopped and taken up again."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optax", reason="needs the train extra")
+
+import moe_jax
+from moe_jax.evaluate.corpus import read_library, split_documents
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_reference.py"
+SMALL = {"vocab": 400, "embed": 32, "layers": 2, "heads": 2, "head-dim": 16, "ffn": 16}
+
+
+def run(*arguments: str) -> list[dict]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    training, held_out = split_documents(read_library())
+    for document in [*training[100:140], *held_out[:2]]:
+        path = tmp_path / "library" / document.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text)
+    return tmp_path / "library"
+
+
+def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path):
+    sizes = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+    common = ["--corpus", str(corpus), "--tokens", "1024", "--report-every", "1", *sizes]
+    common += ["--save-every", "2", "--out", str(tmp_path / "out")]
+    first = run(*common, "--steps", "3")
+    assert [line["step"] for line in first] == [1, 2, 3]
+    assert "held_out_bits_per_byte" in first[1] and "held_out_bits_per_byte" in first[2]
+    shutil.rmtree(tmp_path / "out" / "states" / "3")
+    again = run(*common, "--steps", "3")
+    assert [line["step"] for line in again] == [3]
+    same = ("training_bits_per_byte", "answer_nats", "held_out_bits_per_byte")
+    assert [again[0][name] for name in same] == [first[2][name] for name in same]
+    assert run(*common, "--steps", "3") == []
+    lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and "settings" in json.loads(lines[0])
+    engine = moe_jax.load(tmp_path / "out", progress=False)
+    assert engine.config.vocab == 400 and engine.generate("def f(", max_tokens=3).tokens
