@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
 
 from moe_jax.engine.engine import Engine
 from moe_jax.evaluate.accuracy import Accuracy
@@ -22,6 +21,7 @@ from moe_jax.evaluate.data import (
     passkey,
     recall,
 )
+from moe_jax.evaluate.perplexity import Tokens
 
 TASKS = ("passkey", "recall", "cross_chunk", "copying")
 PASSKEY_LENGTHS = (1024, 2048, 4096)
@@ -70,7 +70,7 @@ class Answers:
 
 
 def make_questions(
-    task: str, engine: Engine, text: Int[np.ndarray, " tokens"], each: int, seed: int = 0
+    task: str, engine: Engine, text: Tokens, each: int, seed: int = 0
 ) -> QuestionSet:
     """Draws the test questions of a task.
 
@@ -92,7 +92,7 @@ def make_questions(
     start = text_start(engine)
     assert engine.tokenizer is not None, "text_start would have refused it"
     encode = engine.tokenizer.encode_chat
-    more = fillers(text, longest, generator)
+    more = fillers(np.asarray(text), longest, generator)
     makers: dict[str, Callable[[], list[Piece]]] = {}
     if task == "passkey":
         for length, depth in itertools.product(PASSKEY_LENGTHS, PASSKEY_DEPTHS):
