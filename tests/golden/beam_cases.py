@@ -172,7 +172,7 @@ def run_engine(engine: Engine, cases: Sequence[Case]) -> list[list[Hypothesis]]:
                 "length_penalty": case.length_penalty,
                 "early_stopping": case.early_stopping,
             }
-        engine._stop_tokens = frozenset(case.eos)  # a model has its own; here every case has
+        engine.stop_tokens = frozenset(case.eos)  # a model has its own; here every case has
         handle = engine.submit(
             list(case.prompt),
             max_tokens=case.max_new_tokens,
