@@ -18,9 +18,11 @@ import numpy as np
 import moe_jax
 from moe_jax.engine.load import reference_model_folder
 from moe_jax.evaluate.corpus import read_library, split_documents
+from moe_jax.evaluate.glued import answer_glued
 from moe_jax.evaluate.perplexity import perplexity
 from moe_jax.evaluate.questions import TASKS, answer, make_questions, text_start
 from moe_jax.evaluate.report import Row, answer_rows, as_json, as_markdown, perplexity_row
+from moe_jax.training.restore import restore
 
 ALL = ("perplexity", *TASKS, "glued")
 # Questions in each group, and every n-th held-out file of the library: the whole and --quick.
@@ -99,9 +101,6 @@ def run(engine: moe_jax.Engine, tasks: Sequence[str], arguments: argparse.Namesp
             each = EACH[name][arguments.quick]
             questions = make_questions(name, engine, hiding, each, arguments.seed)
             if task == "glued":
-                from moe_jax.evaluate.glued import answer_glued  # noqa: PLC0415 - needs `train`
-                from moe_jax.training.restore import restore  # noqa: PLC0415
-
                 weights, config = restore(Path(arguments.model or reference_model_folder()))
                 rows += answer_rows(answer_glued(weights, config, questions), "glued")
             else:

@@ -146,7 +146,7 @@ class Log:
                 self._nats[name].append(float(nats[chosen].mean()))
         self._shares.append(shares)
 
-    def write(self, step: int, steps: int, **more: float) -> None:
+    def write(self, step: int, **more: float) -> None:
         mean = {name: float(np.mean(values)) for name, values in self._nats.items()}
         if not all(map(math.isfinite, mean.values())):
             raise FloatingPointError(f"the loss is {mean} after {step} steps; lower --peak")
@@ -154,7 +154,7 @@ class Log:
         text_bits = mean.get("text", math.nan) / math.log(2) / self._bytes_per_token
         line = {
             "step": step,
-            "seconds_per_step": round((time.monotonic() - self._began) / steps, 3),
+            "seconds_per_step": round((time.monotonic() - self._began) / len(self._shares), 3),
             "training_bits_per_byte": round(text_bits, 4),
             "answer_nats": round(mean.get("answer", math.nan), 4),
             "least_share": round(float(shares.min()), 3),
@@ -219,9 +219,9 @@ def train(args: argparse.Namespace) -> None:
         log.add(np.asarray(metrics.nats), importance, np.asarray(metrics.shares))
         last = done + 1 == args.steps
         if last or (done + 1) % args.save_every == 0:
-            log.write(done + 1, args.report_every, held_out_bits_per_byte=round(keep(state), 4))
+            log.write(done + 1, held_out_bits_per_byte=round(keep(state), 4))
         elif (done + 1) % args.report_every == 0:
-            log.write(done + 1, args.report_every)
+            log.write(done + 1)
     states.close()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.progress import progress_bar
@@ -86,10 +86,17 @@ def perplexity(
 
 def token_nats(engine: Engine, tokens: Tokens) -> np.ndarray:
     """Minus the log probability of each token but the first; float64."""
-    logits = engine.logits(tokens)[:-1].astype(np.float64)
-    top = logits.max(axis=-1)
-    total = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-    return total - logits[np.arange(len(logits)), np.asarray(tokens)[1:]]
+    found = log_probabilities(engine.logits(tokens)[:-1])
+    return -found[np.arange(len(found)), np.asarray(tokens)[1:]]
+
+
+def log_probabilities(
+    logits: Float[np.ndarray, "tokens vocab"],
+) -> Float[np.ndarray, "tokens vocab"]:
+    """The log of the softmax, in float64: differences of two models are small."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def windows(tokens: Tokens, context: int, stride: int) -> Iterator[tuple[Tokens, int]]:

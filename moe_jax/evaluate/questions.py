@@ -116,10 +116,13 @@ def make_questions(
     else:
         name = f"{COPIED_NAMES} names"
         makers[name] = lambda: copying(encode, COPIED_NAMES, "test", generator)
+    # In questions across chunks, all pieces but the question and the answer are chunks.
     groups = {}
     for name, make in makers.items():
-        chunks = int(name.split()[0]) if task == "cross_chunk" else 0
-        groups[name] = [as_question(make(), start, chunks) for _ in range(each)]
+        drawn = [make() for _ in range(each)]
+        groups[name] = [
+            as_question(one, start, len(one) - 2 if task == "cross_chunk" else 0) for one in drawn
+        ]
     return QuestionSet(task, groups)
 
 

@@ -72,6 +72,13 @@ def test_where_experts_run_changes_nothing(engine, text):
     assert comparison.points("recall") == 0 and "the bar holds" in str(comparison)
 
 
+def test_bfloat16_passes(engine, texts):
+    comparison = compare(
+        engine, moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), texts, progress=False
+    )
+    assert comparison.holds and comparison.kl > 0, comparison
+
+
 def made(kl=0.0, agreement=1.0, right=9, bar=None):
     before, after = (
         Answers("recall", {"": Accuracy(count, 10)}, tuple(i < count for i in range(10)))
