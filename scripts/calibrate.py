@@ -26,7 +26,9 @@ GOOD_SHARE = 0.7
 SHORT_SECONDS = 50e-6
 
 
-def figures(config: ModelConfig, dtype: str, found: Calibration) -> dict[str, Any]:
+def figures(
+    config: ModelConfig, dtype: str, host_dtype: str | None, found: Calibration
+) -> dict[str, Any]:
     """What is printed, as JSON values; times in seconds, rates per second."""
     start, floor, per_token = fit_flat_then_linear(found.sizes, found.host.seconds)
     operations = 6 * config.embed * config.moe.ffn  # of one token: three products
@@ -48,7 +50,12 @@ def figures(config: ModelConfig, dtype: str, found: Calibration) -> dict[str, An
             }
         )
     return {
-        "expert": {"embed": config.embed, "ffn": config.moe.ffn, "dtype": dtype},
+        "expert": {
+            "embed": config.embed,
+            "ffn": config.moe.ffn,
+            "dtype": dtype,
+            "host_dtype": host_dtype or dtype,
+        },
         "backend": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -68,10 +75,17 @@ def figures(config: ModelConfig, dtype: str, found: Calibration) -> dict[str, An
     }
 
 
+def dtypes(expert: dict[str, Any]) -> str:
+    """The dtype of the weights, and that of the host's where it is another."""
+    if expert["host_dtype"] == expert["dtype"]:
+        return expert["dtype"]
+    return f"{expert['dtype']}, {expert['host_dtype']} in host memory"
+
+
 def text(result: dict[str, Any]) -> str:
     expert = result["expert"]
     lines = [
-        f"one expert: embed {expert['embed']}, ffn {expert['ffn']}, {expert['dtype']}, "
+        f"one expert: embed {expert['embed']}, ffn {expert['ffn']}, {dtypes(expert)}, "
         f"{format_bytes(result['expert_bytes'])}; backend {result['backend']} "
         f"({result['device_kind']}), jax {result['jax']}",
         f"host memory  read at {result['read_bytes_per_second'] / 1e9:.1f} GB/s",
@@ -153,7 +167,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
     axes.set(
         xlabel="tokens of one expert",
         ylabel="milliseconds (band: up to the 90th percentile)",
-        title=f"One expert, embed {expert['embed']}, ffn {expert['ffn']}, {expert['dtype']}, "
+        title=f"One expert, embed {expert['embed']}, ffn {expert['ffn']}, {dtypes(expert)}, "
         f"on {result['device_kind']}",
     )
     axes.grid(alpha=0.3)
@@ -167,6 +181,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", help="Hugging Face or saved folder (default: embedded model)")
     add("--dtype", default="bfloat16", help="bfloat16 or float32 (bfloat16)")
+    add("--host-dtype", choices=["int8"], help="int8 for experts kept in 8 bits in host memory")
     add("--again", action="store_true", help="measure even if a calibration was kept")
     add("--out", metavar="PICTURE", help="draw the curves into this PNG file")
     add("--json", action="store_true", help="print JSON instead of text")
@@ -179,10 +194,11 @@ def main() -> None:
     found = calibrate(
         config,
         read_dtype(arguments.dtype),
+        arguments.host_dtype,
         recalibrate=arguments.again,
         progress=sys.stderr.isatty(),
     )
-    result = figures(config, arguments.dtype, found)
+    result = figures(config, arguments.dtype, arguments.host_dtype, found)
     print(json.dumps(result, indent=1) if arguments.json else text(result))
     if figure is not None:
         draw(result, figure)

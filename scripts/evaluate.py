@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,11 +17,12 @@ import numpy as np
 
 import moe_jax
 from moe_jax.engine.load import reference_model_folder
-from moe_jax.evaluate.corpus import read_library, split_documents
 from moe_jax.evaluate.glued import answer_glued
-from moe_jax.evaluate.perplexity import perplexity
-from moe_jax.evaluate.questions import TASKS, answer, make_questions, text_start
+from moe_jax.evaluate.held_out import held_out_texts
+from moe_jax.evaluate.perplexity import check_windows, perplexity
+from moe_jax.evaluate.questions import TASKS, Answers, QuestionSet, answer, make_questions
 from moe_jax.evaluate.report import Row, answer_rows, as_json, as_markdown, perplexity_row
+from moe_jax.training.forward import check_trainable
 from moe_jax.training.restore import restore
 
 ALL = ("perplexity", *TASKS, "glued")
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"some of {', '.join(ALL)} (default: all; of another model all but glued, which is "
         "cross_chunk with chunks that have not seen one another)",
     )
-    add("--quick", action="store_true", help="a tenth of the questions, for a check in a minute")
+    add("--quick", action="store_true", help="few of the questions, for a check in a minute")
     add("--seed", type=int, default=0, help="of the questions (0)")
     add("--context", type=int, default=1024, help="tokens in a window for the perplexity (1024)")
     add("--stride", type=int, default=512, help="tokens from one window to the next (512)")
@@ -82,14 +83,27 @@ def requirements(text: str) -> dict[str, float]:
     return found
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for what would only be found when the work is done."""
+    for path in filter(None, (arguments.json, arguments.markdown)):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    check_windows(arguments.context, arguments.stride)
+
+
+def gluing(folder: str | None) -> Callable[[QuestionSet], Answers]:
+    """How a model answers over glued chunks. Raises ValueError if that is not known of its kind."""
+    weights, config = restore(Path(folder or reference_model_folder()))
+    check_trainable(config)
+    return lambda questions: answer_glued(weights, config, questions, progress=True)
+
+
 def run(engine: moe_jax.Engine, tasks: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
-    _, held_out = split_documents(read_library())
-    assert engine.tokenizer is not None, "text_start would have refused it"
-    start = list(text_start(engine))
-    sample = held_out[:: EVERY[arguments.quick]]
-    texts = [[*start, *engine.tokenizer.encode_chat(one.text)] for one in sample]
+    texts = held_out_texts(engine, EVERY[arguments.quick])
     # To hide things in; a few files would do, but all the same in both forms.
-    hiding = np.concatenate([engine.tokenizer.encode_chat(one.text) for one in held_out[::24]])
+    hiding = np.concatenate(held_out_texts(engine, EVERY[False]))
+    # Before the others, whose results would be lost if it cannot be done.
+    glue = gluing(arguments.model) if "glued" in tasks else None
     rows: list[Row] = []
     for task in tasks:
         began = time.perf_counter()
@@ -100,9 +114,8 @@ def run(engine: moe_jax.Engine, tasks: Sequence[str], arguments: argparse.Namesp
             name = "cross_chunk" if task == "glued" else task
             each = EACH[name][arguments.quick]
             questions = make_questions(name, engine, hiding, each, arguments.seed)
-            if task == "glued":
-                weights, config = restore(Path(arguments.model or reference_model_folder()))
-                rows += answer_rows(answer_glued(weights, config, questions), "glued")
+            if task == "glued" and glue:
+                rows += answer_rows(glue(questions), "glued")
             else:
                 rows += answer_rows(answer(engine, questions))
         print(f"{task}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
@@ -114,6 +127,7 @@ def main() -> None:
     tasks, required = chosen_tasks(arguments), requirements(arguments.require)
     if missing := set(required) - set(tasks):
         raise ValueError(f"--require names {', '.join(sorted(missing))}, which is not in --tasks")
+    check(arguments)
     engine = moe_jax.load(
         arguments.model,
         device_memory=arguments.device_memory,
@@ -130,11 +144,10 @@ def main() -> None:
     if arguments.markdown:
         arguments.markdown.write_text(table + "\n")
     if arguments.json:
-        device = jax.devices()[0].device_kind
-        about = {"model": str(arguments.model or "embedded"), "seed": arguments.seed}
-        about |= {"quick": arguments.quick, "python": platform.python_version()}
-        about |= {"jax": jax.__version__, "device": device, "dtype": arguments.dtype}
-        arguments.json.write_text(json.dumps(as_json(rows, **about), indent=1) + "\n")
+        about = {"versions": {"python": platform.python_version(), "jax": jax.__version__}}
+        about |= {"device": jax.devices()[0].device_kind, "arguments": vars(arguments)}
+        result = json.dumps(as_json(rows, **about), indent=1, default=str)
+        arguments.json.write_text(result + "\n")
     whole = {row.task: row for row in rows if row.group == "all"}
     failed = False
     for task, limit in required.items():
@@ -149,7 +162,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")

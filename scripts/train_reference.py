@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from host_offload.whole_file import write_whole_file
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, token_nats
+from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, target_nats
 from moe_jax.evaluate.corpus import Document, pack_library, read_library, split_documents
-from moe_jax.evaluate.training_rows import ANSWER, TrainingText, step_rows
+from moe_jax.evaluate.routing import LayerRouting, RoutingSums, describe_routing, sum_routing
+from moe_jax.evaluate.training_rows import ANSWER, MIXES, TrainingText, step_rows
 from moe_jax.model.weights import ModelWeights
 from moe_jax.training.export import export
 from moe_jax.training.forward import forward
@@ -51,6 +54,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=6000, help="steps in all (6000)")
     add("--every", type=int, default=1, help="evaluate every n-th held-out file only")
     add("--tokens", type=int, default=8192, help="tokens in a step (8192)")
+    add("--rows", choices=MIXES, default="all", help="what rows are made of (all); far: the end")
     add("--peak", type=float, default=0.015, help="highest learning rate (0.015)")
     add("--decay", type=float, default=0.35, help="last part of the steps: the rate falls (0.35)")
     add("--weight-decay", type=float, default=0.03, help="decay of matrices (0.03)")
@@ -89,13 +93,17 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     )
 
 
-def make_score(config: ModelConfig) -> Callable[..., tuple]:
-    """A jitted function from weights, inputs and targets to nats and the experts' shares."""
+def make_score(config: ModelConfig, end_of_text: int) -> Callable[..., tuple]:
+    """A jitted function from weights, inputs and targets to nats and sums of the routing."""
 
     @nnx.jit
     def score(weights: ModelWeights, inputs: jax.Array, targets: jax.Array) -> tuple:
         outputs = forward(weights, config, inputs, dtype=jnp.bfloat16)
-        return token_nats(outputs.logits, targets), outputs.shares
+        # Windows are filled up with ends of text.
+        routing = sum_routing(
+            outputs.probabilities, inputs != end_of_text, config.moe.experts_per_token
+        )
+        return target_nats(outputs.logits, targets), routing
 
     return score
 
@@ -107,13 +115,13 @@ def bits_per_byte(
     tokenizer: Tokenizer,
     context: int,
     seqs: int,
-) -> tuple[float, np.ndarray]:
-    """Bits per byte of the documents, and the experts' shares [layers, experts] over them."""
-    shares = []
+) -> tuple[float, list[LayerRouting]]:
+    """Bits per byte of the documents, and the routing of each layer over them."""
+    routing: list[RoutingSums] = []
 
     def nats(inputs: np.ndarray, targets: np.ndarray) -> jax.Array:
-        scored, share = score(weights, inputs, targets)
-        shares.append(share)
+        scored, sums = score(weights, inputs, targets)
+        routing.append(sums)
         return scored
 
     result = compress_with_model(
@@ -124,7 +132,7 @@ def bits_per_byte(
         context=context,
         seqs=seqs,
     )
-    return result.bits_per_byte, np.mean(jax.device_get(shares), axis=0)
+    return result.bits_per_byte, describe_routing(routing)
 
 
 class Log:
@@ -167,6 +175,26 @@ class Log:
         self._clear()
 
 
+def take_up(log: pathlib.Path, last: int, header: dict) -> None:
+    """Takes out of the log what was done after step `last`, and adds other settings if there are.
+
+    Raises ValueError for a setting that decides what the steps before were made of.
+    """
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [line for line in lines if line.get("step", 0) <= last]
+    header = json.loads(json.dumps(header, default=str))
+    before = [line for line in kept if "settings" in line][-1]
+    for name in ("seed", "tokens", "corpus"):
+        was, now = (one["arguments"][name] for one in (before, header))
+        if was != now:
+            raise ValueError(
+                f"the run in {log.parent} was begun with --{name} {was}, not {now}; give that, or "
+                "train into another folder"
+            )
+    kept += [header] if header != before else []
+    write_whole_file(log, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+
+
 def train(args: argparse.Namespace) -> None:
     config = model_config(args)
     training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
@@ -192,7 +220,7 @@ def train(args: argparse.Namespace) -> None:
     )
     state, step, weights_of = make_step(config, settings, weights)
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(weights)))
-    score = make_score(config)
+    score = make_score(config, end)
     args.out.mkdir(parents=True, exist_ok=True)
     states = SavedStates(args.out / "states")
     saved = states.newest(state)
@@ -204,6 +232,8 @@ def train(args: argparse.Namespace) -> None:
     log_file = args.out / "training.jsonl"
     if saved is None:
         log_file.write_text(json.dumps(header, default=str) + "\n")
+    else:
+        take_up(log_file, int(state.step), header)
     print(json.dumps(header, default=str), f"from step {int(state.step)}", flush=True)
 
     def keep(state: State) -> float:
@@ -213,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
 
     log = Log(log_file, size / text.tokens.size, config.moe.num_experts)
     for done in range(int(state.step), args.steps):
-        rows, importance = step_rows(text, args.tokens, args.seed, done)
+        rows, importance = step_rows(text, args.tokens, args.seed, done, MIXES[args.rows])
         rate = learning_rate(done / args.steps, args.peak, warm_up=0.01, decay=args.decay)
         state, metrics = step(state, rows, importance, jnp.float32(rate))
         log.add(np.asarray(metrics.nats), importance, np.asarray(metrics.shares))
@@ -234,16 +264,21 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{len(held_out)} held-out files, {size} bytes")
     for name, solid in (("xz -9e, each file alone", False), ("xz -9e, all files as one", True)):
         print(f"{name:28}{compress_with_xz(held_out, solid=solid).bits_per_byte:8.4f} bits/byte")
-    score = make_score(config)
-    bits, shares = bits_per_byte(weights, score, held_out, tokenizer, 1024, 4)
+    score = make_score(config, end_of_text_id(tokenizer))
+    bits, routing = bits_per_byte(weights, score, held_out, tokenizer, 1024, 4)
     print(f"{'the model':28}{bits:8.4f} bits/byte")
-    fair = shares * config.moe.num_experts
-    for layer, row in enumerate(fair):
-        print(f"layer {layer}: experts' use over fair share {row.min():.2f} to {row.max():.2f}")
+    for layer, described in enumerate(routing):
+        print(f"layer {layer}: {described}")
 
 
 def main() -> None:
     args = parse()
+    if args.pack and not args.corpus:
+        raise ValueError("--pack packs the folders of --corpus; give them")
+    if not args.pack and len(args.corpus or []) > 1:
+        raise ValueError("--corpus takes several folders only with --pack; pack them first")
+    if args.curve and not args.log:
+        raise ValueError("--curve draws a log; name it with --log")
     if args.pack:
         print(f"{pack_library(args.corpus, args.pack)} bytes written to {args.pack}")
     elif args.curve:
@@ -258,4 +293,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

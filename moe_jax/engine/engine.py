@@ -38,6 +38,7 @@ class Engine:
       config: the model's sizes and switches.
       tokenizer: text to token ids and back; None if the folder has none.
       stop_tokens: the ids that end a text.
+      max_tokens: how many tokens of KV there is room for; no sequence can have more.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Engine:
         self._source = source
         self._template = template
         self.stop_tokens = stop_tokens
-        self._capacity = max_tokens
+        self.max_tokens = max_tokens
         self._max_seqs = max_seqs
         self._progress = progress
 
@@ -132,8 +133,16 @@ class Engine:
         """How many requests run and wait, and how much of the KV cache is free."""
         return self._loop.load
 
-    def logits(self, tokens: Any) -> Float[np.ndarray, "... vocab"]:
-        """The float32 logits after every token: int [seq] or [batch, seq] -> [..., vocab]."""
+    def logits(
+        self, tokens: Any, *, prompt_tokens: int | None = None
+    ) -> Float[np.ndarray, "... vocab"]:
+        """The float32 logits after every token: int [seq] or [batch, seq] -> [..., vocab].
+
+        The first `prompt_tokens` of each row are read as a prompt, the others one by one as in
+        decoding; None: all are a prompt.
+
+        Raises ValueError for what are no tokens, more than fit, or fewer than `prompt_tokens`.
+        """
         ids = np.asarray(tokens)
         if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
@@ -143,11 +152,20 @@ class Engine:
         if not len(ids):
             raise ValueError("logits was given no tokens; give at least one row of token ids")
         rows = [self._encode(row.tolist()) for row in np.atleast_2d(ids)]
-        parts = []
+        prompt = len(rows[0]) if prompt_tokens is None else prompt_tokens
+        _check_part(prompt, len(rows[0]))
+        runner, found = self._loop.runner, []
         for row in rows:
             with self._loop.borrow_pages(len(row)) as pages:
-                parts.append(self._loop.runner.all_logits(NewTokens(row, 0, len(row), pages)))
-        logits = np.stack(parts)
+                parts = []
+                if prompt:
+                    new = NewTokens(row[:prompt], 0, len(row), pages)
+                    parts.append(runner.all_logits(new))
+                if row[prompt:]:
+                    new = NewTokens(row[prompt:], prompt, len(row), pages)
+                    parts.append(runner.decoded_logits(new))
+            found.append(np.concatenate(parts))
+        logits = np.stack(found)
         return logits if ids.ndim == 2 else logits[0]
 
     def routing(self, prompt: Any, *, prompt_tokens: int = 0) -> RoutingTrace:
@@ -158,11 +176,7 @@ class Engine:
         Raises ValueError for a bad prompt, or if it has fewer than `prompt_tokens` tokens.
         """
         tokens = self._encode(prompt)
-        if not 0 <= prompt_tokens <= len(tokens):
-            raise ValueError(
-                f"prompt_tokens must lie between 0 and the {len(tokens)} tokens of the text, "
-                f"got {prompt_tokens}"
-            )
+        _check_part(prompt_tokens, len(tokens))
         with self._loop.borrow_pages(len(tokens)) as pages:
             return record_routing(self._loop.runner, tokens, prompt_tokens, pages)
 
@@ -223,7 +237,7 @@ class Engine:
             template=self._template,
             folder=self._source,
             vocab=self.config.vocab,
-            capacity=self._capacity,
+            capacity=self.max_tokens,
         )
 
     def _one_request(self, prompt: Any, options: dict[str, Any]) -> Request:
@@ -246,7 +260,7 @@ class Engine:
             )
         tokens = self._encode(prompt)
         # The last sampled token is never stored, hence one more than there is room for.
-        limit = min(params.max_tokens, self._capacity - len(tokens) + 1)
+        limit = min(params.max_tokens, self.max_tokens - len(tokens) + 1)
         if params.num_beams > 1:
             check_beams_fit(len(tokens), params, self._loop.seating.pages)
             limit = params.max_tokens
@@ -258,6 +272,14 @@ class Engine:
             # The tokens before decide whether the continuation of a text starts with a space.
             context=tokens[-8:] if isinstance(prompt, str) else (),
             tokenizer=self.tokenizer,
+        )
+
+
+def _check_part(prompt_tokens: int, tokens: int) -> None:
+    if not 0 <= prompt_tokens <= tokens:
+        raise ValueError(
+            f"prompt_tokens must lie between 0 and the {tokens} tokens of the text, "
+            f"got {prompt_tokens}"
         )
 
 

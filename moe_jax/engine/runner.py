@@ -153,6 +153,14 @@ class Runner:
             parts.append(np.asarray(logits)[:used])
         return np.concatenate(parts)
 
+    def decoded_logits(self, new: NewTokens) -> Float[np.ndarray, "tokens vocab"]:
+        """As `all_logits`, but one token after the other, as in decoding."""
+        parts = []
+        for place, token in enumerate(new.tokens):
+            one = replace(new, tokens=[token], cached=new.cached + place)
+            parts.append(np.asarray(self.step([one], [0]))[:1])
+        return np.concatenate(parts)
+
     def _chunks(self, new: NewTokens):
         """Yields the activations of each chunk and how many of its rows are tokens."""
         for start in range(0, len(new.tokens), PREFILL_BUCKETS[-1]):

@@ -5,6 +5,7 @@ from moe_jax.evaluate.compare import Bar as Bar
 from moe_jax.evaluate.compare import Comparison as Comparison
 from moe_jax.evaluate.compare import compare as compare
 from moe_jax.evaluate.data import Question as Question
+from moe_jax.evaluate.held_out import held_out_texts as held_out_texts
 from moe_jax.evaluate.perplexity import Perplexity as Perplexity
 from moe_jax.evaluate.perplexity import perplexity as perplexity
 from moe_jax.evaluate.questions import Answers as Answers

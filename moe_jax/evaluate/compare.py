@@ -1,14 +1,26 @@
 """Judges a changed engine by the one it came from: the gate that approximations must pass."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.progress import progress_bar
-from moe_jax.evaluate.perplexity import Tokens, log_probabilities
-from moe_jax.evaluate.questions import Answers, QuestionSet, answer
+from moe_jax.evaluate.held_out import held_out_texts
+from moe_jax.evaluate.perplexity import Tokens, check_texts, log_probabilities, windows
+from moe_jax.evaluate.questions import (
+    CROSS_CHUNKS,
+    Answers,
+    QuestionSet,
+    answer,
+    check_room,
+    make_questions,
+)
+
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -91,42 +103,87 @@ class Comparison:
 def compare(
     baseline: Engine,
     changed: Engine,
-    texts: Sequence[Tokens],
-    questions: Sequence[QuestionSet] = (),
+    texts: Sequence[Tokens] | None = None,
+    questions: Sequence[QuestionSet] | None = None,
     *,
+    context: int = 1024,
+    decoded: int = 16,
     bar: Bar | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Runs both engines over the same texts and questions.
 
     Args:
-      texts: token ids, each read from its start.
+      texts: token ids, read in windows of `context` tokens that overlap by half; None: the first
+        512 tokens of some modules of Python's library.
+      questions: none of them the same task; None: 100 each of recall and cross_chunk; (): none.
+      context: tokens in a window, at least 2.
+      decoded: so many tokens at the end of each window are read one by one, as in decoding.
       bar: what the change may cost; None: the default `Bar`.
 
     Raises:
-      ValueError: the engines' vocabularies differ, or there is no text.
+      ValueError: the engines' vocabularies differ, there is no text, or it is none; context is too
+        short or long; a task is asked twice, or does not fit into one of the engines; texts or
+        questions are to be made, and the model has no tokenizer.
     """
-    sizes = baseline.config.vocab, changed.config.vocab
+    engines = baseline, changed
+    sizes = [engine.config.vocab for engine in engines]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the engines have vocabularies of {sizes[0]} and {sizes[1]} tokens; only engines of "
             "one model can be compared"
         )
-    if not any(len(text) for text in texts):
-        raise ValueError("compare was given no text; give at least one token")
-    each, same = [], []
-    with progress_bar(len(texts), "compare", "text", progress) as bar_of_texts:
-        for text in texts:
-            before, after = (log_probabilities(one.logits(text)) for one in (baseline, changed))
-            each.append((np.exp(before) * (before - after)).sum(axis=-1))
-            same.append(before.argmax(axis=-1) == after.argmax(axis=-1))
-            bar_of_texts.update()
-    kl = np.concatenate(each)
+    if texts is None or questions is None:
+        own = held_out_texts(baseline)
+        texts = [text[:512] for text in own] if texts is None else texts
+        questions = (
+            _own_questions(baseline, np.concatenate(own)) if questions is None else questions
+        )
+    check_texts(texts)
+    tasks = [one.task for one in questions]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"a task is asked twice in {tasks}; put its groups into one QuestionSet")
+    for engine, one in itertools.product(engines, questions):
+        check_room(engine, one)
+    kl, same = _differences(engines, texts, context, decoded, progress)
     return Comparison(
         kl=float(kl.mean()),
         worst_kl=float(kl.max()),
-        agreement=float(np.concatenate(same).mean()),
+        agreement=float(same.mean()),
         tokens=kl.size,
         tasks={one.task: (answer(baseline, one), answer(changed, one)) for one in questions},
         bar=bar or Bar(),
     )
+
+
+def _own_questions(engine: Engine, text: Tokens) -> list[QuestionSet]:
+    each = {"recall": 100, "cross_chunk": 100 // len(CROSS_CHUNKS)}
+    return [make_questions(task, engine, text, count) for task, count in each.items()]
+
+
+def _differences(
+    engines: tuple[Engine, Engine],
+    texts: Sequence[Tokens],
+    context: int,
+    decoded: int,
+    progress: bool,
+) -> tuple[Float[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]:
+    """KL divergence, and whether the likeliest token is the same, for every scored token."""
+    if context < 2 or decoded < 0:
+        raise ValueError(
+            f"context={context}, decoded={decoded}: give at least 2, and no less than 0"
+        )
+    spans = [span for text in texts for span in windows(text, context, max(1, context // 2))]
+    kl, same = [], []
+    with progress_bar(len(spans), "compare", "window", progress) as bar:
+        for tokens, new in spans:
+            read = max(0, len(tokens) - decoded)
+            logits = [engine.logits(tokens, prompt_tokens=read)[-new:] for engine in engines]
+            # Few rows at a time: of a large vocabulary a window's would take gigabytes.
+            for first in range(0, new, _ROWS):
+                rows = slice(first, first + _ROWS)
+                before, after = (log_probabilities(one[rows]) for one in logits)
+                kl.append((np.exp(before) * (before - after)).sum(axis=-1))
+                same.append(before.argmax(axis=-1) == after.argmax(axis=-1))
+            bar.update()
+    return np.concatenate(kl), np.concatenate(same)

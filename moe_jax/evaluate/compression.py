@@ -39,7 +39,7 @@ class Compression:
         return self.bits / self.size
 
 
-def token_nats(
+def target_nats(
     logits: Float[Array, "seqs positions vocab"], targets: Int[Array, "seqs positions"]
 ) -> Float[Array, "seqs positions"]:
     """Minus the log probability of each target, float32."""

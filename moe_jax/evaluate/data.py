@@ -63,7 +63,13 @@ def is_for_tests(text: str) -> bool:
 def draw_names(
     count: int, split: Split, generator: np.random.Generator, distinct: bool = False
 ) -> list[str]:
-    """Different made-up names of that split; `distinct`: no two share their first half."""
+    """Different made-up names of that split; `distinct`: no two share their first half.
+
+    Raises ValueError for more than can be drawn soon.
+    """
+    most = len(_HEADS.split()) if distinct else 300
+    if count > most:
+        raise ValueError(f"{count} different names were asked for; at most {most} can be drawn")
     names: list[str] = []
     heads: set[str] = set()
     while len(names) < count:
@@ -98,7 +104,16 @@ def passkey(
       filler: tokens of real text.
       hidden: the depth of each key in it, from 0 to 1.
       asked: the depth of its question, from its key's to 1, which is the end.
+
+    Raises:
+      ValueError: a depth is out of bounds, or there are too many keys.
     """
+    for depth, end in zip(hidden, asked, strict=True):
+        if not 0 <= depth <= end <= 1:
+            raise ValueError(
+                f"a key at depth {depth} cannot be asked at {end}; both lie between 0 and 1, the "
+                "question not before its key"
+            )
     names = draw_names(len(hidden), split, generator)
     insertions: list[tuple[int, list[Piece]]] = []
     for name, depth, end in zip(names, hidden, asked, strict=True):
@@ -117,7 +132,12 @@ def passkey(
 def recall(
     encode: Encode, pairs: int, questions: int, split: Split, generator: np.random.Generator
 ) -> list[Piece]:
-    """A table of names and their ports, some of which are asked."""
+    """A table of names and their ports, some of which are asked.
+
+    Raises ValueError for more questions than pairs, or more pairs than there are names.
+    """
+    if not 0 < questions <= pairs:
+        raise ValueError(f"{questions} questions cannot be asked about {pairs} pairs")
     names = draw_names(pairs, split, generator)
     ports = [draw_number(4, split, generator) for _ in names]
     lines = "".join(
@@ -145,9 +165,17 @@ def cross_chunk(
 
     Args:
       chunks: 2 to 8.
-      members: names in each.
+      members: names in each; all together at most 49.
       filler: for each chunk, tokens of real text that come before its names.
+
+    Raises:
+      ValueError: chunks or members are too few or too many.
     """
+    if not 2 <= chunks <= len(_TEAMS.split()) or members < 1:
+        raise ValueError(
+            f"{chunks} chunks with {members} names each cannot be made; there must be 2 to "
+            f"{len(_TEAMS.split())} chunks, and a name in each"
+        )
     names = draw_names(chunks * members - 1, split, generator, distinct=True)
     both, rest = names[0], names[1:]
     first, second = generator.choice(chunks, 2, replace=False)
@@ -167,7 +195,7 @@ def copying(
 ) -> list[Piece]:
     """A list of names, twice; the second time its names are the answer."""
     line = " ".join(draw_names(length, split, generator))
-    return [_given(encode, f"\n# A list: {line}\n# Again:"), _given(encode, f" {line}", True)]
+    return _asks(encode, f"\n# A list: {line}\n# Again:", f" {line}")
 
 
 def as_question(pieces: Sequence[Piece], start: Sequence[int] = (), chunks: int = 0) -> Question:
@@ -196,9 +224,16 @@ def fillers(
         yield tokens[start : start + length]
 
 
-def _given(encode: Encode, text: str, answer: bool = False) -> Piece:
-    return Piece(tuple(encode(text)), answer)
+def _given(encode: Encode, text: str) -> Piece:
+    return Piece(tuple(encode(text)))
 
 
 def _asks(encode: Encode, question: str, answer: str) -> list[Piece]:
-    return [_given(encode, question), _given(encode, answer, answer=True)]
+    """An answer is what its tokens are after the question: on its own it may begin otherwise."""
+    given, both = tuple(encode(question)), tuple(encode(question + answer))
+    if both[: len(given)] != given or len(both) == len(given):
+        raise ValueError(
+            f"the tokenizer joins {question!r} and {answer!r} into tokens of both, so the answer "
+            "cannot be asked for; these tasks need a tokenizer that splits at spaces"
+        )
+    return [Piece(given), Piece(both[len(given) :], answer=True)]

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.config import ModelConfig
+from moe_jax.engine.progress import progress_bar
 from moe_jax.evaluate.data import Question
 from moe_jax.evaluate.questions import Answers, QuestionSet, grade
 from moe_jax.model.weights import ModelWeights
@@ -23,9 +24,14 @@ _BUCKET = 128
 
 
 def answer_glued(
-    weights: ModelWeights, config: ModelConfig, questions: QuestionSet, *, glued: bool = True
+    weights: ModelWeights,
+    config: ModelConfig,
+    questions: QuestionSet,
+    *,
+    glued: bool = True,
+    progress: bool = False,
 ) -> Answers:
-    """Which answers the model gives greedily where no chunk has seen another.
+    """Which answers the model gives greedily, in float32, where no chunk has seen another.
 
     Args:
       weights: of `moe_jax.training.restore.restore`.
@@ -35,15 +41,17 @@ def answer_glued(
       ValueError: the model is of a kind that `moe_jax.training.forward` does not compute.
     """
     likeliest = nnx.jit(partial(_likeliest, config=config))
-    right = []
-    for question in questions.questions:
-        size = len(question.prompt) + len(question.answer) - 1
-        room = -(-size // _BUCKET) * _BUCKET
-        tokens = np.zeros(room, np.int32)
-        tokens[:size] = (*question.prompt, *question.answer[:-1])
-        found = likeliest(weights, tokens, visible(question, room, glued))
-        # Given the answer so far, each of its tokens is the likeliest: so greedy decoding says it.
-        right.append(tuple(np.asarray(found)[len(question.prompt) - 1 : size]) == question.answer)
+    right, every = [], questions.questions
+    with progress_bar(len(every), "glued", "question", progress) as bar:
+        for question in every:
+            size = len(question.prompt) + len(question.answer) - 1
+            room = -(-size // _BUCKET) * _BUCKET
+            tokens = np.zeros(room, np.int32)
+            tokens[:size] = (*question.prompt, *question.answer[:-1])
+            found = np.asarray(likeliest(weights, tokens, visible(question, room, glued)))
+            # Each token is the likeliest, given the answer so far: so greedy decoding says it.
+            right.append(tuple(found[len(question.prompt) - 1 : size]) == question.answer)
+            bar.update()
     return grade(questions, right)
 
 

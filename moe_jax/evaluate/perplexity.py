@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import stdtrit
 
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.progress import progress_bar
@@ -19,13 +21,15 @@ class Perplexity:
 
     Attributes:
       nats: the mean of minus the log probability of each scored token.
-      error: its standard error over windows.
+      error: its standard error; NaN of a single unit.
       tokens: how many were scored.
+      units: what was taken as independent: the texts, or the windows of a single text.
     """
 
     nats: float
     error: float
     tokens: int
+    units: int
 
     @property
     def value(self) -> float:
@@ -34,8 +38,9 @@ class Perplexity:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the perplexity, windows taken as independent."""
-        return math.exp(self.nats - 1.96 * self.error), math.exp(self.nats + 1.96 * self.error)
+        """The 95 % confidence interval of the perplexity (Student's t); NaN of a single unit."""
+        half = float(stdtrit(max(self.units - 1, 1), 0.975)) * self.error
+        return math.exp(self.nats - half), math.exp(self.nats + half)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -52,6 +57,9 @@ def perplexity(
 ) -> Perplexity:
     """The perplexity of texts, each read in windows of `context` tokens, `stride` further each.
 
+    The sum is over scored tokens. The recipe in the documentation of Transformers
+    (docs/source/en/perplexity.md) weighs each later window by one token less.
+
     The first window of a text scores all its tokens but the first; a later one those that are new
     in it, each with at least context - stride others before it; so a token that starts a window is
     never scored if stride = context.
@@ -61,27 +69,48 @@ def perplexity(
 
     Raises:
       ValueError: stride is not between 1 and context, context is below 2 or more than the engine
-        holds, or no text has two tokens.
+        holds, no text has two tokens, or what was given are no texts.
     """
+    check_texts(texts)
+    check_windows(context, stride)
+    spans = [list(windows(text, context, stride)) for text in texts]
+    each: list[list[np.ndarray]] = [[] for _ in spans]
+    with progress_bar(sum(map(len, spans)), "perplexity", "window", progress) as bar:
+        for found, of_text in zip(each, spans, strict=True):
+            for tokens, new in of_text:
+                found.append(token_nats(engine, tokens)[-new:])
+                bar.update()
+    scored = [np.concatenate(found) for found in each if found]
+    # Tokens of a text are not independent, nor are those of a window.
+    return summarise(scored if len(scored) > 1 else [one for found in each for one in found])
+
+
+def summarise(units: Sequence[Float[np.ndarray, " _"]]) -> Perplexity:
+    """The mean over all tokens; its error from the units, as a ratio estimate over them."""
+    nats, count = np.concatenate(units), len(units)
+    mean = float(nats.mean())
+    off = sum(float((one - mean).sum()) ** 2 for one in units)
+    error = math.sqrt(off * count / (count - 1)) / nats.size if count > 1 else math.nan
+    return Perplexity(mean, error, nats.size, count)
+
+
+def check_windows(context: int, stride: int) -> None:
+    """Raises ValueError unless windows of so many tokens, so far apart, leave no token out."""
     if not 1 <= stride <= context or context < 2:
         raise ValueError(
             f"windows of context={context} tokens, stride={stride} further each, leave tokens out; "
             "stride must be between 1 and context, context at least 2"
         )
-    spans = [span for text in texts for span in windows(text, context, stride)]
-    if not spans:
+
+
+def check_texts(texts: Any) -> None:
+    """Raises ValueError unless these are lists of token ids, one of which has two."""
+    if isinstance(texts, str) or any(np.ndim(text) != 1 for text in texts):
+        raise ValueError(
+            "give a list of texts, each a list of token ids as of engine.tokenizer.encode"
+        )
+    if not any(len(text) > 1 for text in texts):
         raise ValueError("no text has two tokens, so there is nothing to predict; give more text")
-    each: list[np.ndarray] = []
-    with progress_bar(len(spans), "perplexity", "window", progress) as bar:
-        for tokens, new in spans:
-            each.append(token_nats(engine, tokens)[-new:])
-            bar.update()
-    nats = np.concatenate(each)
-    mean = float(nats.mean())
-    # Tokens of one window are not independent: a ratio estimate over windows.
-    off = np.array([(one - mean).sum() for one in each])
-    error = math.sqrt(float((off**2).sum())) / nats.size
-    return Perplexity(mean, error, nats.size)
 
 
 def token_nats(engine: Engine, tokens: Tokens) -> np.ndarray:

@@ -78,13 +78,16 @@ def make_questions(
       task: one of TASKS.
       engine: what encodes text, not what is asked.
       text: tokens of text that the model was not trained on, to hide things in; at least 5,000.
-      each: questions in each group.
+      each: questions in each group, at least one.
 
     Raises:
-      ValueError: the task is not known, the text is too short, or the model has no tokenizer.
+      ValueError: the task is not known, the text is too short, or the model has no tokenizer or one
+        that joins questions and answers.
     """
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
+    if each < 1:
+        raise ValueError(f"each={each} questions in a group; ask at least one")
     longest = max(PASSKEY_LENGTHS)
     if len(text) < longest + 500:
         raise ValueError(f"{len(text)} tokens of text are too few to hide keys in; give 5,000")
@@ -147,7 +150,11 @@ def answer(engine: Engine, questions: QuestionSet) -> Answers:
     """Lets an engine continue every prompt greedily; right is what equals the answer throughout.
 
     Answers of one length run together.
+
+    Raises:
+      ValueError: there is no question, or one does not fit into the engine's KV cache.
     """
+    check_room(engine, questions)
     every = questions.questions
     right = [False] * len(every)
     for length in sorted({len(question.answer) for question in every}):
@@ -157,6 +164,20 @@ def answer(engine: Engine, questions: QuestionSet) -> Answers:
         for i, completion in zip(places, completions, strict=True):
             right[i] = tuple(completion.tokens) == every[i].answer
     return grade(questions, right)
+
+
+def check_room(engine: Engine, questions: QuestionSet) -> None:
+    """Raises ValueError unless an engine can hold every question with its answer."""
+    if not questions.questions:
+        raise ValueError(f"there is no question of the task {questions.task!r}; give at least one")
+    # The last token of an answer is never stored.
+    longest = max(len(one.prompt) + len(one.answer) - 1 for one in questions.questions)
+    if longest > engine.max_tokens:
+        raise ValueError(
+            f"a question of the task {questions.task!r} takes {longest} tokens with its answer, "
+            f"and the engine has max_tokens={engine.max_tokens}; load the model with "
+            f"max_tokens={longest}"
+        )
 
 
 def grade(questions: QuestionSet, right: Sequence[bool]) -> Answers:

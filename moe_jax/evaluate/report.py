@@ -1,5 +1,6 @@
 """Results of an evaluation as a table in Markdown and as JSON."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ class Row:
     Attributes:
       task, group: what was measured; the group "all" is the whole task.
       value: a share of right answers, or a perplexity.
-      low, high: its 95 % confidence interval.
+      low, high: its 95 % confidence interval; NaN where there is none.
       count: questions, or tokens.
     """
 
@@ -64,5 +65,7 @@ def as_markdown(rows: Iterable[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], **about: Any) -> dict[str, Any]:
-    """What json.dump takes: what `about` says, and the rows."""
-    return {**about, "results": [vars(row) for row in rows]}
+    """What json.dump takes: what `about` says, and the rows, with null for NaN."""
+    known = lambda value: None if isinstance(value, float) and math.isnan(value) else value
+    results = [{name: known(value) for name, value in vars(row).items()} for row in rows]
+    return {**about, "results": results}

@@ -4,7 +4,7 @@ A row comes with the importance of each of its targets. What a step trains on de
 and the step alone, so a run that is taken up again goes on as if it had never stopped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,40 @@ from jaxtyping import Float32, Int
 from moe_jax.evaluate.data import Encode, Piece, copying, cross_chunk, fillers, passkey, recall
 from moe_jax.training.whitespace import split_some
 
-# Steps are of one length, most of them short; long rows are for what must be found far back.
-LENGTHS = {1024: 0.6, 2048: 0.2, 4096: 0.2}
-KINDS = {"text": 0.46, "passkey": 0.24, "recall": 0.1, "cross_chunk": 0.16, "copying": 0.04}
 # The answers are a few tokens among thousands.
 ANSWER = 4.0
+
+
+@dataclass(frozen=True)
+class RowMix:
+    """Parts of what is trained on; the parts of each sum to 1.
+
+    Attributes:
+      lengths: of steps by the length of their rows.
+      kinds: of rows by what they are.
+      from_start: of rows with pass keys, those whose first key stands at the very start and is
+        asked at the very end.
+    """
+
+    lengths: Mapping[int, float]
+    kinds: Mapping[str, float]
+    from_start: float
+
+
+# Most rows are short; long ones are for what must be found far back. "far", for the end of a
+# training, has more of the latter.
+MIXES = {
+    "all": RowMix(
+        {1024: 0.6, 2048: 0.2, 4096: 0.2},
+        {"text": 0.46, "passkey": 0.24, "recall": 0.1, "cross_chunk": 0.16, "copying": 0.04},
+        0.0,
+    ),
+    "far": RowMix(
+        {1024: 0.3, 2048: 0.2, 4096: 0.5},
+        {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        0.5,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -43,27 +72,27 @@ Row = tuple[Int[np.ndarray, " length"], Float32[np.ndarray, " length"]]
 
 
 def step_rows(
-    text: TrainingText, batch_tokens: int, seed: int, step: int
+    text: TrainingText, batch_tokens: int, seed: int, step: int, mix: RowMix
 ) -> tuple[Int[np.ndarray, "seqs length"], Float32[np.ndarray, "seqs positions"]]:
     """The rows [seqs, positions + 1] of a step and the importance of their last positions."""
     generator = np.random.default_rng([seed, step])
-    lengths = [length for length in LENGTHS if length <= batch_tokens]
-    chances = np.array([LENGTHS[length] for length in lengths])
+    lengths = [length for length in mix.lengths if length <= batch_tokens]
+    chances = np.array([mix.lengths[length] for length in lengths])
     positions = int(generator.choice(lengths, p=chances / chances.sum()))
-    rows = [_row(text, positions + 1, generator) for _ in range(batch_tokens // positions)]
+    rows = [_row(text, positions + 1, generator, mix) for _ in range(batch_tokens // positions)]
     tokens = np.stack([row for row, _ in rows]).astype(np.int32)
     importance = np.stack([importance for _, importance in rows])
     return tokens, importance[:, 1:]
 
 
-def _row(text: TrainingText, length: int, generator: np.random.Generator) -> Row:
-    kind = generator.choice(list(KINDS), p=list(KINDS.values()))
+def _row(text: TrainingText, length: int, generator: np.random.Generator, mix: RowMix) -> Row:
+    kind = generator.choice(list(mix.kinds), p=list(mix.kinds.values()))
     more = fillers(text.tokens, length, generator)
     if kind == "text":
         window = split_some(next(more), text.splits, text.split_part, generator)
         return window[:length], np.ones(length, np.float32)
     if kind == "passkey":
-        return _weigh(_passkeys(text, length, generator), 1.0, length)
+        return _weigh(_passkeys(text, length, generator, mix.from_start), 1.0, length)
     make: Callable[[], list[Piece]] = {
         "recall": lambda: _recall(text, generator),
         "cross_chunk": lambda: _cross_chunk(text, more, generator),
@@ -75,12 +104,16 @@ def _row(text: TrainingText, length: int, generator: np.random.Generator) -> Row
     return _weigh(pieces, 0.0, length)
 
 
-def _passkeys(text: TrainingText, length: int, generator: np.random.Generator) -> list[Piece]:
+def _passkeys(
+    text: TrainingText, length: int, generator: np.random.Generator, from_start: float
+) -> list[Piece]:
     count = int(generator.integers(1, 3 + length // 512))
     hidden = generator.uniform(0, 0.9, count)
     # Half of them are asked at the end, as far away as can be.
     soon = generator.random(count) < 0.5
     asked = np.where(soon, hidden + (1 - hidden) * generator.uniform(0, 1, count), 1.0)
+    if from_start and generator.random() < from_start:
+        hidden[0], asked[0] = 0.0, 1.0
     filler = next(fillers(text.tokens, length - 40 * count, generator))
     return passkey(text.encode, filler, hidden.tolist(), asked.tolist(), "train", generator)
 

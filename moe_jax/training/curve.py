@@ -1,6 +1,6 @@
 """Draws the log of a training run.
 
-Knows only the log's lines: JSON, settings first.
+Knows only the log's lines: JSON, of settings or of steps.
 """
 
 import json
@@ -19,7 +19,7 @@ def draw_curve(log: pathlib.Path, picture: pathlib.Path, reference: float | None
       picture: where the PNG goes.
       reference: bits per byte of xz, drawn as a line; None: no line.
     """
-    _, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(8, 8), layout="constrained")
     text, answers, shares = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
 

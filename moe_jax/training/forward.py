@@ -29,18 +29,20 @@ class Hidden(NamedTuple):
       states: after the last norm, in the dtype of the products.
       balance: the load-balancing loss of each layer.
       shares: the part of all choices that fell on each expert, per layer.
+      probabilities: of each layer's router.
     """
 
     states: Float[Array, "tokens embed"]
     balance: Float[Array, " layers"]
     shares: Float[Array, "layers experts"]
+    probabilities: Float[Array, "layers tokens experts"]
 
 
 class Outputs(NamedTuple):
-    """Logits in float32, and the experts' shares of all choices."""
+    """Logits in float32, and the probabilities of each layer's router."""
 
     logits: Float[Array, "seqs positions vocab"]
-    shares: Float[Array, "layers experts"]
+    probabilities: Float[Array, "layers seqs positions experts"]
 
 
 def check_trainable(config: ModelConfig) -> None:
@@ -93,17 +95,16 @@ def hidden_states(
         config.rope, config.attention.head_dim, place, jnp.full_like(place, positions)
     )
     x = weights.embedding[...][tokens.reshape(-1)].astype(dtype)
-    balance, shares = [], []
+    layers = []
     for layer in weights.layers:
         normed = rms_norm(x, layer.attention_norm[...], config.norm_epsilon)
         x = x + _attend(layer.attention, config, normed, angles, seqs, attend)
         normed = rms_norm(x, layer.ffn_norm[...], config.norm_epsilon)
-        y, layer_balance, layer_shares = mixture(layer, config, normed, capacity)
-        x = x + y
-        balance.append(layer_balance)
-        shares.append(layer_shares)
+        mixed = mixture(layer, config, normed, capacity)
+        x = x + mixed.output
+        layers.append(mixed[1:])
     x = rms_norm(x, weights.final_norm[...], config.norm_epsilon)
-    return Hidden(x, jnp.stack(balance), jnp.stack(shares))
+    return Hidden(x, *(jnp.stack(each) for each in zip(*layers, strict=True)))
 
 
 def output_table(weights: ModelWeights) -> Float[Array, "vocab embed"]:
@@ -124,7 +125,8 @@ def forward(
     """The logits of every position; arguments and errors as in `hidden_states`."""
     hidden = hidden_states(weights, config, tokens, dtype=dtype, capacity=capacity, attend=attend)
     logits = multiply_transposed(hidden.states, output_table(weights).astype(dtype))
-    return Outputs(logits.reshape(*tokens.shape, -1), hidden.shares)
+    probabilities = hidden.probabilities.reshape(config.layers, *tokens.shape, -1)
+    return Outputs(logits.reshape(*tokens.shape, -1), probabilities)
 
 
 def _attend(

@@ -3,6 +3,8 @@
 Knows one layer's weights; the router is the one that serves.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,13 +15,29 @@ from moe_jax.training.expert_bank import run_experts
 from moe_jax.training.losses import balance_loss, expert_shares
 
 
+class Mixed(NamedTuple):
+    """What a layer of experts returns.
+
+    Attributes:
+      output: the weighted sum of each token's experts.
+      balance: the load-balancing loss.
+      shares: the part of all choices that fell on each expert.
+      probabilities: of the router, over all experts.
+    """
+
+    output: Float[Array, "tokens embed"]
+    balance: Float[Array, ""]
+    shares: Float[Array, " experts"]
+    probabilities: Float[Array, "tokens experts"]
+
+
 def mixture(
     layer: LayerWeights,
     config: ModelConfig,
     x: Float[Array, "tokens embed"],
     capacity: float | None,
-) -> tuple[Float[Array, "tokens embed"], Float[Array, ""], Float[Array, " experts"]]:
-    """Returns the layer's output, its balance loss, and the part of choices on each expert.
+) -> Mixed:
+    """Runs one layer of experts.
 
     Args:
       capacity: room for tokens in each expert, as a multiple of the fair share. What does not fit
@@ -37,7 +55,8 @@ def mixture(
         room = int(capacity * chosen.size / moe.num_experts)
         room = min(x.shape[0], -(-room // 16) * 16)
         y = _dispatched(layer.experts, config, x, gates, chosen, room)
-    return y, balance_loss(probabilities, chosen), expert_shares(chosen, moe.num_experts)
+    shares = expert_shares(chosen, moe.num_experts)
+    return Mixed(y, balance_loss(probabilities, chosen), shares, probabilities)
 
 
 def _everywhere(

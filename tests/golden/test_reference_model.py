@@ -44,6 +44,6 @@ def test_logits_are_equal(engine):
     assert np.abs(actual - expected).max() / np.abs(expected).max() < 1e-4
 
 
-def test_the_model_is_small_and_reads_at_least_1024_tokens(engine):
+def test_the_model_is_small_and_reads_at_least_4096_tokens(engine):
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 25_000_000
-    assert engine.config.max_positions >= 1024
+    assert engine.config.max_positions >= 4096

@@ -47,7 +47,25 @@ def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path
     same = ("training_bits_per_byte", "answer_nats", "held_out_bits_per_byte")
     assert [again[0][name] for name in same] == [first[2][name] for name in same]
     assert run(*common, "--steps", "3") == []
-    lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
-    assert len(lines) == 5 and "settings" in json.loads(lines[0])
+    settings, *lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
+    assert "settings" in json.loads(settings)
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    other = subprocess.run([sys.executable, str(SCRIPT), *common, "--seed", "1"],
+                           capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert other.returncode == 1 and "was begun with --seed 0, not 1" in other.stderr
     engine = moe_jax.load(tmp_path / "out", progress=False)
     assert engine.config.vocab == 400 and engine.generate("def f(", max_tokens=3).tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pack", "x.tar.xz"], "--pack packs the folders of --corpus"),
+        (["--evaluate", "x", "--corpus", "a", "b"], "--corpus takes several folders only with"),
+        (["--curve", "x.png"], "--curve draws a log; name it with --log"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, message):
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments],
+                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -370,6 +370,12 @@ def test_the_script_prints_a_table(tiny, monkeypatch, capsys):
     assert "* inferred from other counts" in printed
 
 
+def test_the_script_times_experts_kept_in_8_bits(tiny, monkeypatch, capsys):
+    run_script(monkeypatch, tiny, "--host-dtype", "int8")
+    # 3 products of 16 by 12, and a scale for each of 2 * 12 + 16 rows.
+    assert "bfloat16, int8 in host memory, 736 B;" in capsys.readouterr().out
+
+
 def test_the_script_flags_a_slow_host_and_prints_json(tiny, scripted, monkeypatch, capsys):
     run_script(monkeypatch, tiny)
     # 1000 bytes in 4 s and more, where 4000 bytes per second could be read.

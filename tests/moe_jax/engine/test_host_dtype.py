@@ -7,7 +7,7 @@ import pytest
 import moe_jax
 from moe_jax.engine.load import reference_model_folder
 from moe_jax.engine.sizing import device_memory_for
-from moe_jax.evaluate.compression import token_nats
+from moe_jax.evaluate.compression import target_nats
 from moe_jax.evaluate.corpus import read_library, split_documents
 from moe_jax.model.int8 import Int8Expert, int8_bytes
 
@@ -81,7 +81,7 @@ def test_the_reference_model_hardly_notices():
         tokens = engine.tokenizer.encode(document.text)[:257]
         logits[host_dtype] = jnp.asarray(engine.logits(tokens[:-1]))
     targets = jnp.asarray([tokens[1:]])
-    nats = {k: token_nats(x[None], targets).sum() for k, x in logits.items()}
+    nats = {k: target_nats(x[None], targets).sum() for k, x in logits.items()}
     assert nats["int8"] < 1.01 * nats[None]
     same = logits["int8"].argmax(axis=1) == logits[None].argmax(axis=1)
     assert 0.95 < same.mean() < 1

@@ -1,7 +1,11 @@
 """Logits of one sequence and of a batch."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
+
+from tests.tolerances import assert_close
 
 TOKENS = np.random.default_rng(5).integers(1, 300, (2, 40))
 
@@ -18,6 +22,22 @@ def test_shapes_and_dtype(engine):
 def test_later_tokens_do_not_change_earlier_logits(engine):
     whole = engine.logits(TOKENS[0])
     np.testing.assert_allclose(engine.logits(TOKENS[0, :33]), whole[:33], atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 1, 33, 39, 40])
+def test_tokens_may_be_read_one_by_one_from_any_place_on(engine, prompt_tokens):
+    whole = engine.logits(TOKENS)
+    runner = engine._loop.runner
+    with mock.patch.object(runner, "step", wraps=runner.step) as step:
+        parts = engine.logits(TOKENS, prompt_tokens=prompt_tokens)
+    assert step.call_count == 2 * (40 - prompt_tokens)
+    assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("prompt_tokens", [-1, 41])
+def test_a_prompt_longer_than_the_text_is_refused(engine, prompt_tokens):
+    with pytest.raises(ValueError, match="between 0 and the 40 tokens of the text, got"):
+        engine.logits(TOKENS, prompt_tokens=prompt_tokens)
 
 
 @pytest.mark.parametrize(

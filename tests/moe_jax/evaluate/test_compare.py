@@ -37,7 +37,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_model_is_caught(engine, texts, damaged, damage):
     changed = moe_jax.load(damaged(**damage), **OPTIONS)
-    comparison = compare(engine, changed, texts, progress=False)
+    comparison = compare(engine, changed, texts, (), progress=False)
     assert not comparison.holds, comparison
 
 
@@ -58,7 +58,7 @@ def test_a_kv_page_swapped_with_that_of_another_text_is_caught(engine, text, tex
         return result
 
     with mock.patch.object(runner, "_run", run_and_swap):
-        comparison = compare(engine, changed, texts, progress=False)
+        comparison = compare(engine, changed, texts, (), progress=False)
     assert not comparison.holds, comparison
 
 
@@ -74,7 +74,7 @@ def test_where_experts_run_changes_nothing(engine, text):
 
 def test_bfloat16_passes(engine, texts):
     comparison = compare(
-        engine, moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), texts, progress=False
+        engine, moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), texts, (), progress=False
     )
     assert comparison.holds and comparison.kl > 0, comparison
 
@@ -107,8 +107,44 @@ def test_the_bar_is_the_users():
     assert made(right=10).points("recall") == pytest.approx(10) and made(right=10).holds
 
 
-def test_other_vocabularies_and_no_text_are_refused(engine, tiny):
+def test_damage_that_only_decoding_meets_is_caught(engine, text):
+    changed = moe_jax.load(**OPTIONS)
+    runner = changed._loop.runner
+    run = runner._run
+
+    def run_wrongly(batch, tokens, *more):
+        result = run(batch, tokens, *more)
+        return -result if tokens == 1 else result
+
+    with mock.patch.object(runner, "_run", run_wrongly):
+        found = compare(engine, changed, [text[:200]], (), progress=False)
+        unseen = compare(engine, changed, [text[:200]], (), decoded=0, progress=False)
+    assert not found.holds and found.tokens == 199
+    assert unseen.holds and unseen.kl == 0
+
+
+def test_a_text_longer_than_the_cache_is_read_in_windows(engine, text):
+    small = moe_jax.load(**OPTIONS | {"max_tokens": 128})
+    found = compare(engine, small, [text[:300]], (), context=100, progress=False)
+    assert found.holds and found.tokens == 299
+
+
+def test_without_texts_and_questions_it_takes_its_own(engine):
+    found = compare(engine, engine, progress=False)
+    assert found.kl == 0 and found.tokens > 5000 and set(found.tasks) == {"recall", "cross_chunk"}
+    assert all(before.total.total == 100 for before, _ in found.tasks.values())
+
+
+def test_what_cannot_be_compared_is_refused(engine, text, tiny):
     with pytest.raises(ValueError, match="vocabularies of 4096 and 300 tokens"):
-        compare(engine, moe_jax.load(tiny, progress=False), [[1]])
-    with pytest.raises(ValueError, match="no text"):
-        compare(engine, engine, [])
+        compare(engine, moe_jax.load(tiny, progress=False), [[1, 2]])
+    with pytest.raises(ValueError, match="no text has two tokens"):
+        compare(engine, engine, [], ())
+    twice = [make_questions("recall", engine, text, 1, seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="a task is asked twice in"):
+        compare(engine, engine, [text[:9]], twice)
+    with pytest.raises(ValueError, match="context=1, decoded=16"):
+        compare(engine, engine, [text[:9]], (), context=1)
+    small = moe_jax.load(**OPTIONS | {"max_tokens": 64})
+    with pytest.raises(ValueError, match="the engine has max_tokens=64"):
+        compare(engine, small, [text[:9]], twice[:1])

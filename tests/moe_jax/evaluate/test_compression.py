@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, token_nats
+from moe_jax.evaluate.compression import compress_with_model, compress_with_xz, target_nats
 from moe_jax.evaluate.corpus import Document
 
 DOCUMENTS = [
@@ -54,7 +54,7 @@ def test_each_token_is_scored_once_after_half_a_window_of_others():
 
 def test_nats_are_those_of_the_softmax():
     logits = jnp.log(jnp.asarray([[[1.0, 2.0, 5.0], [4.0, 2.0, 2.0]]]))
-    nats = token_nats(logits, jnp.asarray([[2, 1]]))
+    nats = target_nats(logits, jnp.asarray([[2, 1]]))
     np.testing.assert_allclose(nats, [[-math.log(5 / 8), -math.log(1 / 4)]], rtol=1e-6)
 
 

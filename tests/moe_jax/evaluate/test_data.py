@@ -101,3 +101,39 @@ def test_a_copy_repeats_the_list():
     question = data.as_question(draw("copying"))
     line = text_of(question.prompt).split("list:")[1].split("\n")[0]
     assert text_of(question.answer) == line and len(line.split()) == 6
+
+
+def test_an_answer_is_what_its_tokens_are_after_the_question():
+    # As tokenizers do that put a space before every text: alone, " 12" would begin with two.
+    spaced = lambda text: list(f" {text}".encode())
+    pieces = data.recall(spaced, 3, 1, "test", np.random.default_rng(0))
+    question = data.as_question(pieces)
+    assert re.fullmatch(r" \d{4}", text_of(question.answer))
+
+
+def test_a_tokenizer_that_joins_question_and_answer_is_refused():
+    def joining(text):
+        return [len(word) for word in text.split(":")]
+
+    with pytest.raises(ValueError, match=r"joins .* cannot be asked for"):
+        data.copying(joining, 3, "test", np.random.default_rng(0))
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: data.passkey(encode, FILLER, [-0.1], [1.0], "test", GENERATOR), "depth -0.1"),
+        (lambda: data.passkey(encode, FILLER, [0.5], [0.4], "test", GENERATOR), "asked at 0.4"),
+        (lambda: data.passkey(encode, FILLER, [0.5], [1.5], "test", GENERATOR), "asked at 1.5"),
+        (lambda: data.recall(encode, 3, 4, "test", GENERATOR), "4 questions .* about 3 pairs"),
+        (lambda: data.recall(encode, 500, 1, "test", GENERATOR), "500 different names"),
+        (lambda: data.cross_chunk(encode, 9, 2, [], "test", GENERATOR), "9 chunks with 2 names"),
+        (lambda: data.cross_chunk(encode, 8, 7, [], "test", GENERATOR), "55 different names"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -41,11 +41,16 @@ def test_unglued_it_is_the_model(engine, text, model):
 
 
 def test_glued_another_chunk_is_not_seen(engine, text, model):
-    (question, *_) = make_questions("cross_chunk", engine, text, 1).questions
-    # A prompt that ends inside its second chunk, after the first one or after something else.
-    start, stop = question.chunks[1], question.end - 1
-    second = question.prompt[start:stop]
-    alone = tuple(engine.generate(list(second), max_tokens=1).tokens)
-    prompts = [first + second for first in (question.prompt[:start], (9,) * start)]
-    asked = [Question(one, alone, question.chunks, stop + 1) for one in prompts]
-    assert answer_glued(*model, QuestionSet("", {"": asked})).right == (True, True)
+    first, asked, seen_asked, alone, seen = tuple(text[:60].tolist()), [], [], [], []
+    # The second chunk repeats the first up to some place: who sees both knows how it goes on.
+    for stop in range(20, 50, 3):
+        second = first[:stop]
+        alone.append(tuple(engine.generate(list(second), max_tokens=1).tokens))
+        seen.append(tuple(engine.generate([*first, *second], max_tokens=1).tokens))
+        # The question, which would see all, is the answer.
+        place = {"chunks": (0, len(first)), "end": len(first) + stop}
+        asked.append(Question(first + second, alone[-1], **place))
+        seen_asked.append(Question(first + second, seen[-1], **place))
+    assert alone != seen
+    assert all(answer_glued(*model, QuestionSet("", {"": asked})).right)
+    assert all(answer_glued(*model, QuestionSet("", {"": seen_asked}), glued=False).right)

@@ -8,6 +8,7 @@ from moe_jax.evaluate.questions import (
     PASSKEY_DEPTHS,
     PASSKEY_LENGTHS,
     TASKS,
+    QuestionSet,
     answer,
     grade,
     make_questions,
@@ -67,10 +68,23 @@ def test_groups_are_graded_in_order(engine, text):
 def test_what_cannot_be_asked_is_refused(engine, text, copy_without_tokenizer):
     with pytest.raises(ValueError, match="no task 'sums'; there are passkey, recall"):
         make_questions("sums", engine, text, 1)
+    with pytest.raises(ValueError, match="each=0 questions in a group; ask at least one"):
+        make_questions("recall", engine, text, 0)
     with pytest.raises(ValueError, match="100 tokens of text are too few"):
         make_questions("recall", engine, text[:100], 1)
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         text_start(copy_without_tokenizer)
+
+
+def test_a_question_that_does_not_fit_is_refused_and_not_counted_as_wrong(engine, text):
+    small = moe_jax.load(max_tokens=64, max_seqs=1, progress=False)
+    copying = make_questions("copying", engine, text, 1)
+    (question,) = copying.questions
+    longest = len(question.prompt) + len(question.answer) - 1
+    with pytest.raises(ValueError, match=f"takes {longest} tokens .* load the model with max_tok"):
+        answer(small, copying)
+    with pytest.raises(ValueError, match="no question of the task 'copying'"):
+        answer(engine, QuestionSet("copying", {"": []}))
 
 
 @pytest.fixture

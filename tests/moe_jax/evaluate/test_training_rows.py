@@ -1,41 +1,42 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from moe_jax.evaluate import training_rows
+from moe_jax.engine.load import reference_model_folder
 from moe_jax.evaluate.data import is_for_tests
-from moe_jax.evaluate.training_rows import ANSWER, KINDS, TrainingText, step_rows
+from moe_jax.evaluate.training_rows import ANSWER, MIXES, TrainingText, step_rows
 from moe_jax.training.whitespace import leading_whitespace_splits
 
-END, VOCAB = 256, 300
+TOKENIZER = Tokenizer.from_file(str(reference_model_folder() / "tokenizer.json"))
+END, VOCAB = 0, TOKENIZER.get_vocab_size()
+ALL = MIXES["all"]
 
 
 @pytest.fixture
 def text():
     tokens = np.random.default_rng(0).integers(260, VOCAB, 20_000).astype(np.int32)
-    splits = leading_whitespace_splits({str(token): token for token in range(VOCAB)})
-    return TrainingText(tokens, lambda text: list(text.encode()), END, splits, 0.02)
+    splits = leading_whitespace_splits(TOKENIZER.get_vocab())
+    return TrainingText(tokens, lambda text: TOKENIZER.encode(text).ids, END, splits, 0.02)
 
 
-@pytest.fixture
-def only(monkeypatch):
-    def only(kind):
-        monkeypatch.setattr(training_rows, "KINDS", {one: float(one == kind) for one in KINDS})
-
-    return only
+def only(kind, mix=ALL):
+    return dataclasses.replace(mix, kinds={one: float(one == kind) for one in mix.kinds})
 
 
 def test_a_step_depends_on_seed_and_number_alone(text):
-    first = step_rows(text, 4096, 0, 7)
-    for one, again in zip(first, step_rows(text, 4096, 0, 7), strict=True):
+    first = step_rows(text, 4096, 0, 7, ALL)
+    for one, again in zip(first, step_rows(text, 4096, 0, 7, ALL), strict=True):
         np.testing.assert_array_equal(one, again)
-    assert not np.array_equal(first[0], step_rows(text, 4096, 1, 7)[0])
+    assert not np.array_equal(first[0], step_rows(text, 4096, 1, 7, ALL)[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_full_and_answers_weigh_most(text, only, kind):
-    only(kind)
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("kind", ALL.kinds)
+def test_rows_are_full_and_answers_weigh_most(text, kind, name):
     for step in range(4):
-        rows, importance = step_rows(text, 4096, 0, step)
+        rows, importance = step_rows(text, 4096, 0, step, only(kind, MIXES[name]))
         seqs, length = rows.shape
         assert seqs * (length - 1) == 4096 and importance.shape == (seqs, length - 1)
         assert rows.min() >= 0 and rows.max() < VOCAB
@@ -46,10 +47,26 @@ def test_rows_are_full_and_answers_weigh_most(text, only, kind):
 
 
 @pytest.mark.parametrize("kind", ["passkey", "recall", "cross_chunk", "copying"])
-def test_no_answer_is_for_tests(text, only, kind):
-    only(kind)
-    rows, importance = step_rows(text, 4096, 0, 0)
-    said = bytes(np.where(importance == ANSWER, rows[:, 1:], ord(" ")).astype(np.uint8).ravel())
-    words = [word for word in said.decode().split() if len(word) >= 6 or kind != "copying"]
+def test_no_answer_is_for_tests(text, kind):
+    rows, importance = step_rows(text, 4096, 0, 0, only(kind))
+    (space,) = TOKENIZER.encode("\n").ids
+    said = TOKENIZER.decode(np.where(importance == ANSWER, rows[:, 1:], space).ravel().tolist())
+    words = [word for word in said.split() if len(word) >= 6 or kind != "copying"]
     whole = [word for word in words if len(word) >= (5 if kind == "passkey" else 4)]
     assert whole and not any(is_for_tests(word) for word in whole)
+
+
+@pytest.mark.parametrize("from_start", [0.0, 1.0])
+def test_a_key_may_stand_at_the_very_start_and_be_asked_at_the_end(text, from_start):
+    mix = dataclasses.replace(only("passkey"), from_start=from_start)
+    for step in range(8):
+        rows, importance = step_rows(text, 4096, 0, step, mix)
+        at_start = [TOKENIZER.decode(row[:20]).startswith("\n# The pass key of") for row in rows]
+        assert at_start == [bool(from_start)] * len(rows)
+        if from_start:
+            assert all(weights[weights > 0][-1] == ANSWER for weights in importance)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_parts_sum_to_one(mix):
+    assert sum(mix.lengths.values()) == pytest.approx(1) == sum(mix.kinds.values())

@@ -18,7 +18,7 @@ def test_logits_equal_the_engines(weights, config, tokenizer, tmp_path):
     engine = moe_jax.load(tmp_path, dtype="float32", max_tokens=64, max_seqs=1, progress=False)
     outputs = forward(weights, config, jnp.asarray(tokens))
     assert_close(outputs.logits, engine.logits(tokens), "float32")
-    np.testing.assert_allclose(outputs.shares.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(outputs.probabilities.sum(axis=-1), 1, rtol=1e-6)
 
 
 def test_bfloat16_differs_by_rounding_only(weights, config):

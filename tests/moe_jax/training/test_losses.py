@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.evaluate.compression import token_nats
+from moe_jax.evaluate.compression import target_nats
 from moe_jax.training import losses
 from tests.tolerances import assert_close
 
@@ -16,7 +16,7 @@ def test_nats_and_gradients_are_those_of_the_whole_softmax(monkeypatch, weigh):
     importance = weigh(targets).astype(jnp.float32)
 
     def plain(x, table):
-        nats = token_nats((x @ table.T)[None], targets[None])[0]
+        nats = target_nats((x @ table.T)[None], targets[None])[0]
         return (nats * importance).sum() / importance.sum(), nats
 
     gradient = lambda function, *more: jax.value_and_grad(

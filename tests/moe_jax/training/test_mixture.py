@@ -14,8 +14,8 @@ def output_and_gradient(layer, config, capacity):
     graph, state = nnx.split(layer)
 
     def run(state, x):
-        y, balance, _ = mixture(nnx.merge(graph, state), config, x, capacity)
-        return (y * y).sum() + balance, y
+        mixed = mixture(nnx.merge(graph, state), config, x, capacity)
+        return (mixed.output * mixed.output).sum() + mixed.balance, mixed.output
 
     gradient, y = jax.grad(run, argnums=(0, 1), has_aux=True)(state, x)
     return y, jax.tree.leaves(gradient)
@@ -34,8 +34,8 @@ def test_without_room_the_last_tokens_lose_their_expert(weights, config):
     # All tokens choose experts 0 and 1; there is room for half of them.
     layer.router[...] = jnp.zeros_like(layer.router[...]).at[:2].set(1.0)
     x = jnp.abs(jax.random.normal(jax.random.key(1), (TOKENS, config.embed)))
-    exact, _, shares = mixture(layer, config, x, None)
-    short, _, _ = mixture(layer, config, x, 1.0)
-    np.testing.assert_allclose(shares, [0.5, 0.5, 0, 0])
+    mixed = mixture(layer, config, x, None)
+    exact, short = mixed.output, mixture(layer, config, x, 1.0).output
+    np.testing.assert_allclose(mixed.shares, [0.5, 0.5, 0, 0])
     assert_close(short[: TOKENS // 2], exact[: TOKENS // 2])
     np.testing.assert_array_equal(short[TOKENS // 2 :], 0)
