@@ -30,7 +30,7 @@ from moe_jax.evaluate.training_rows import ANSWER, MIXES, TrainingText, step_row
 from moe_jax.model.weights import ModelWeights
 from moe_jax.training.export import export
 from moe_jax.training.forward import forward
-from moe_jax.training.restore import restore
+from moe_jax.training.restore import restore, restore_mean
 from moe_jax.training.saved_state import SavedStates
 from moe_jax.training.step import State, TrainingConfig, initial_weights, learning_rate, make_step
 from moe_jax.training.tokenizer import end_of_text_id, train_tokenizer
@@ -50,8 +50,13 @@ def parse() -> argparse.Namespace:
     add("--log", type=pathlib.Path, help="the training.jsonl that --curve draws")
     add("--corpus", type=pathlib.Path, nargs="*", help="library folders or a packed archive")
     add("--xz", type=float, help="bits per byte of xz, for --curve")
-    add("--start-from", type=pathlib.Path, help="a trained folder whose weights to start with")
-    add("--steps", type=int, default=6000, help="steps in all (6000)")
+    add(
+        "--start-from",
+        type=pathlib.Path,
+        nargs="+",
+        help="trained folders, the mean of whose weights to start with",
+    )
+    add("--steps", type=int, default=6000, help="steps in all (6000); 0: only write that mean")
     add("--every", type=int, default=1, help="evaluate every n-th held-out file only")
     add("--tokens", type=int, default=8192, help="tokens in a step (8192)")
     add("--rows", choices=MIXES, default="all", help="what rows are made of (all); far: the end")
@@ -200,8 +205,8 @@ def train(args: argparse.Namespace) -> None:
     training, held_out = split_documents(read_library(*(args.corpus or [])[:1]))
     sample = held_out[::24]
     if args.start_from:
-        tokenizer = Tokenizer.from_file(str(args.start_from / "tokenizer.json"))
-        weights, _ = restore(args.start_from)
+        tokenizer = Tokenizer.from_file(str(args.start_from[0] / "tokenizer.json"))
+        weights, _ = restore_mean(args.start_from)
     else:
         tokenizer = train_tokenizer([d.text for d in training], args.vocab)
         weights = initial_weights(config, args.seed)
@@ -241,6 +246,8 @@ def train(args: argparse.Namespace) -> None:
         export(weights_of(state), config, tokenizer, args.out)
         return bits_per_byte(weights_of(state), score, sample, tokenizer, 1024, 4)[0]
 
+    if args.steps == 0:
+        keep(state)
     log = Log(log_file, size / text.tokens.size, config.moe.num_experts)
     for done in range(int(state.step), args.steps):
         rows, importance = step_rows(text, args.tokens, args.seed, done, MIXES[args.rows])
@@ -273,6 +280,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
+    if args.steps < (0 if args.start_from else 1):
+        raise ValueError(f"--steps {args.steps} trains nothing; give 1 or more, or --start-from")
     if args.pack and not args.corpus:
         raise ValueError("--pack packs the folders of --corpus; give them")
     if not args.pack and len(args.corpus or []) > 1:

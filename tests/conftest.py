@@ -64,3 +64,5 @@ def pytest_collection_modifyitems(config, items):
     marker = config.getoption("--require")
     if marker and not any(item.get_closest_marker(marker) for item in items):
         raise pytest.UsageError(f"no {marker} test was collected; install the extra {marker!r}")
+    # The scripts' tests are few and take long: if they came last, one process would wait for them.
+    items.sort(key=lambda item: "scripts" not in item.path.parts)

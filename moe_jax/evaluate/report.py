@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
       task, group: what was measured; the group "all" is the whole task.
-      value: a share of right answers, or a perplexity.
+      value: a share of right answers, a perplexity, or nats per token.
       low, high: its 95 % confidence interval; NaN where there is none.
       count: questions, or tokens.
     """
@@ -30,12 +30,17 @@ class Row:
     @property
     def is_share(self) -> bool:
         """Whether more is better and 1 is all."""
-        return self.task != "perplexity"
+        return self.task not in ("perplexity", "drift")
 
 
 def perplexity_row(result: Perplexity) -> Row:
     """The line of a perplexity."""
     return Row("perplexity", "all", result.value, *result.interval, result.tokens)
+
+
+def drift_row(value: float, tokens: int) -> Row:
+    """The line of how far scores are from recorded ones."""
+    return Row("drift", "all", value, math.nan, math.nan, tokens)
 
 
 def answer_rows(answers: Answers, name: str | None = None) -> list[Row]:
@@ -56,10 +61,10 @@ def as_markdown(rows: Iterable[Row]) -> str:
     for row in rows:
         shown = "{:.1%}".format if row.is_share else "{:.4g}".format
         unit = "questions" if row.is_share else "tokens"
-        low, high = shown(row.low), shown(row.high)
+        known = not math.isnan(row.low)
+        interval = f"{shown(row.low)} to {shown(row.high)}" if known else "unknown"
         lines.append(
-            f"| {row.task} | {row.group} | {shown(row.value)} | {low} to {high} "
-            f"| {row.count} {unit} |"
+            f"| {row.task} | {row.group} | {shown(row.value)} | {interval} | {row.count} {unit} |"
         )
     return "\n".join(lines)
 

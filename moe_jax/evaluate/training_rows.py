@@ -26,15 +26,18 @@ class RowMix:
       kinds: of rows by what they are.
       from_start: of rows with pass keys, those whose first key stands at the very start and is
         asked at the very end.
+      near_start: of the other keys in those, the ones that stand in the first twentieth and are
+        asked at the very end too.
     """
 
     lengths: Mapping[int, float]
     kinds: Mapping[str, float]
     from_start: float
+    near_start: float = 0.0
 
 
-# Most rows are short; long ones are for what must be found far back. "far", for the end of a
-# training, has more of the latter.
+# Most rows are short; long ones are for what must be found far back. "far" and "farthest", for the
+# end of a training, have more of the latter.
 MIXES = {
     "all": RowMix(
         {1024: 0.6, 2048: 0.2, 4096: 0.2},
@@ -45,6 +48,12 @@ MIXES = {
         {1024: 0.3, 2048: 0.2, 4096: 0.5},
         {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
         0.5,
+    ),
+    "farthest": RowMix(
+        {1024: 0.2, 4096: 0.8},
+        {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        0.7,
+        0.6,
     ),
 }
 
@@ -92,7 +101,7 @@ def _row(text: TrainingText, length: int, generator: np.random.Generator, mix: R
         window = split_some(next(more), text.splits, text.split_part, generator)
         return window[:length], np.ones(length, np.float32)
     if kind == "passkey":
-        return _weigh(_passkeys(text, length, generator, mix.from_start), 1.0, length)
+        return _weigh(_passkeys(text, length, generator, mix), 1.0, length)
     make: Callable[[], list[Piece]] = {
         "recall": lambda: _recall(text, generator),
         "cross_chunk": lambda: _cross_chunk(text, more, generator),
@@ -105,14 +114,17 @@ def _row(text: TrainingText, length: int, generator: np.random.Generator, mix: R
 
 
 def _passkeys(
-    text: TrainingText, length: int, generator: np.random.Generator, from_start: float
+    text: TrainingText, length: int, generator: np.random.Generator, mix: RowMix
 ) -> list[Piece]:
     count = int(generator.integers(1, 3 + length // 512))
     hidden = generator.uniform(0, 0.9, count)
     # Half of them are asked at the end, as far away as can be.
     soon = generator.random(count) < 0.5
     asked = np.where(soon, hidden + (1 - hidden) * generator.uniform(0, 1, count), 1.0)
-    if from_start and generator.random() < from_start:
+    if mix.from_start and generator.random() < mix.from_start:
+        if mix.near_start:
+            near = generator.random(count) < mix.near_start
+            hidden[near], asked[near] = generator.uniform(0, 0.05, near.sum()), 1.0
         hidden[0], asked[0] = 0.0, 1.0
     filler = next(fillers(text.tokens, length - 40 * count, generator))
     return passkey(text.encode, filler, hidden.tolist(), asked.tolist(), "train", generator)

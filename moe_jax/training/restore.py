@@ -4,6 +4,7 @@ Knows no file format: `moe_jax.checkpoint` reads the arrays one by one.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +45,25 @@ def restore(
         jax.tree.structure(state), [leaves[path] for path, _ in nnx.to_flat_state(state)]
     )
     return nnx.merge(graph, filled), config
+
+
+def restore_mean(folders: Sequence[pathlib.Path]) -> tuple[ModelWeights, ModelConfig]:
+    """Returns the mean of what several trainings made of one model, float32, and its config.
+
+    Often it is better than each (Wortsman et al. 2022, "Model soups", section 2).
+
+    Raises:
+      ValueError: as `restore`, or the folders hold models of different shapes.
+    """
+    weights, config = restore(folders[0])
+    state = nnx.state(weights)
+    for folder in folders[1:]:
+        more, other = restore(folder)
+        if other != config:
+            raise ValueError(
+                f"{folders[0]} and {folder} hold models of different shapes; only trainings of one "
+                "model have a mean"
+            )
+        state = jax.tree.map(jnp.add, state, nnx.state(more))
+    nnx.update(weights, jax.tree.map(lambda total: total / len(folders), state))
+    return weights, config

@@ -1,24 +1,23 @@
 """scripts/evaluate.py as a user calls it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+from moe_jax.engine.load import reference_model_folder
 
 
-def test_results_are_printed_and_written_and_a_requirement_can_fail(tmp_path):
+@pytest.fixture
+def evaluate(run):
+    return lambda *arguments: run("evaluate.py", *arguments)
+
+
+def test_results_are_printed_and_written_and_a_requirement_can_fail(evaluate, tmp_path):
     table, file = tmp_path / "table.md", tmp_path / "results.json"
     limits = "recall=1.01,copying=0,perplexity=2"
-    done = run("--quick", "--tasks", "copying,recall,perplexity", "--require", limits,
+    done = evaluate("--quick", "--tasks", "copying,recall,perplexity", "--require", limits,
                "--markdown", str(table), "--json", str(file))  # fmt: skip
     assert done.returncode == 1 and "FAILS: recall is" in done.stderr, done.stderr
     assert "FAILS: perplexity is" in done.stderr and "copying is" not in done.stderr
@@ -27,6 +26,20 @@ def test_results_are_printed_and_written_and_a_requirement_can_fail(tmp_path):
     results = json.loads(file.read_text())
     assert results["arguments"]["quick"] and results["arguments"]["host_dtype"] is None
     assert [row["task"] for row in results["results"]] == ["copying", "recall", "perplexity"]
+
+
+def test_the_quick_form_is_a_gate_for_the_embedded_model(evaluate, tmp_path):
+    done = evaluate("--quick", "--tasks", "drift")
+    assert done.returncode == 0 and "| drift | all | 0.0" in done.stdout, done.stderr
+    shutil.copytree(reference_model_folder(), tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    (expert,) = (name for name in tensors if name.endswith("layers.1.mlp.experts.3.up_proj.weight"))
+    save_file({**tensors, expert: 0 * tensors[expert]}, file, metadata={"format": "pt"})
+    done = evaluate(
+        "--model", str(file.parent), "--quick", "--tasks", "drift", "--require", "drift=0.02"
+    )
+    assert done.returncode == 1 and "FAILS: drift is 0.0" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -38,9 +51,10 @@ def test_results_are_printed_and_written_and_a_requirement_can_fail(tmp_path):
         (["--tasks", "recall", "--require", "passkey=1"], "names passkey, which is not in --tasks"),
         (["--model", "nowhere"], "nowhere"),
         (["--json", "nowhere/results.json"], "there is no folder nowhere"),
+        (["--record", "nowhere/record.safetensors"], "there is no folder nowhere"),
         (["--stride", "2000"], "stride must be between 1 and context"),
     ],
 )
-def test_what_makes_no_sense_is_said_in_a_line(arguments, message):
-    done = run(*arguments)
+def test_what_makes_no_sense_is_said_in_a_line(evaluate, arguments, message):
+    done = evaluate(*arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.flax import load_file
 
 pytest.importorskip("optax", reason="needs the train extra")
 
@@ -53,6 +55,12 @@ def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path
     other = subprocess.run([sys.executable, str(SCRIPT), *common, "--seed", "1"],
                            capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
     assert other.returncode == 1 and "was begun with --seed 0, not 1" in other.stderr
+    mean = ["--start-from", str(tmp_path / "out"), str(tmp_path / "out"), "--steps", "0"]
+    assert run(*common[:-1], str(tmp_path / "mean"), *mean) == []
+    of_both, of_one = (
+        load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("mean", "out")
+    )
+    assert all(np.array_equal(of_both[name], tensor) for name, tensor in of_one.items())
     engine = moe_jax.load(tmp_path / "out", progress=False)
     assert engine.config.vocab == 400 and engine.generate("def f(", max_tokens=3).tokens
 
@@ -60,6 +68,10 @@ def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--out", "x", "--steps", "0"],
+            "--steps 0 trains nothing; give 1 or more, or --start-from",
+        ),
         (["--pack", "x.tar.xz"], "--pack packs the folders of --corpus"),
         (["--evaluate", "x", "--corpus", "a", "b"], "--corpus takes several folders only with"),
         (["--curve", "x.png"], "--curve draws a log; name it with --log"),

@@ -4,7 +4,7 @@ import math
 from moe_jax.evaluate.accuracy import Accuracy
 from moe_jax.evaluate.perplexity import Perplexity
 from moe_jax.evaluate.questions import Answers
-from moe_jax.evaluate.report import answer_rows, as_json, as_markdown, perplexity_row
+from moe_jax.evaluate.report import answer_rows, as_json, as_markdown, drift_row, perplexity_row
 
 ANSWERS = Answers(
     "cross_chunk",
@@ -15,6 +15,7 @@ ANSWERS = Answers(
 
 def test_a_task_has_a_line_and_each_of_its_groups():
     rows = [perplexity_row(Perplexity(math.log(8), 0.01, 1000, 100)), *answer_rows(ANSWERS)]
+    rows.append(drift_row(0.0123456, 2046))
     assert as_markdown(rows).splitlines() == [
         "| task | | result | 95 % interval | of |",
         "| --- | --- | --- | --- | --- |",
@@ -22,6 +23,7 @@ def test_a_task_has_a_line_and_each_of_its_groups():
         "| cross_chunk | all | 50.0% | 21.5% to 78.5% | 8 questions |",
         "| cross_chunk | 2 chunks | 75.0% | 30.1% to 95.4% | 4 questions |",
         "| cross_chunk | 3 chunks | 25.0% | 4.6% to 69.9% | 4 questions |",
+        "| drift | all | 0.01235 | unknown | 2046 tokens |",
     ]
 
 

@@ -67,6 +67,21 @@ def test_a_key_may_stand_at_the_very_start_and_be_asked_at_the_end(text, from_st
             assert all(weights[weights > 0][-1] == ANSWER for weights in importance)
 
 
+def test_other_keys_may_stand_near_the_start_and_be_asked_at_the_end(text):
+    mix = dataclasses.replace(only("passkey"), lengths={4096: 1.0}, from_start=1.0, near_start=1.0)
+    several = 0
+    for step in range(4):
+        (row,), (importance,) = step_rows(text, 4096, 0, step, mix)
+        asked = np.flatnonzero(
+            np.diff(importance == ANSWER, prepend=False) & (importance == ANSWER)
+        )
+        assert (asked > 3000).all()
+        begin = TOKENIZER.decode(row[:1000])
+        assert begin.count("\n# The pass key of") == len(asked)
+        several += len(asked) > 1
+    assert several
+
+
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_parts_sum_to_one(mix):
     assert sum(mix.lengths.values()) == pytest.approx(1) == sum(mix.kinds.values())

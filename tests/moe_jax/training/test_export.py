@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
 
 from moe_jax.training.export import export
-from moe_jax.training.restore import restore
+from moe_jax.training.restore import restore, restore_mean
 
 
 def test_what_is_restored_was_exported(weights, config, tokenizer, tmp_path):
@@ -26,3 +30,22 @@ def test_exporting_again_replaces_every_file(weights, config, tokenizer, tmp_pat
     restored, _ = restore(tmp_path)
     expected = halved.embedding[...].astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(restored.embedding[...], expected)
+
+
+def test_the_mean_of_trainings_is_that_of_their_weights(weights, config, tokenizer, tmp_path):
+    export(weights, config, tokenizer, tmp_path / "one")
+    fourfold = jax.tree.map(lambda leaf: leaf * 4, weights)
+    export(fourfold, config, tokenizer, tmp_path / "four")
+    mean, found = restore_mean([tmp_path / name for name in ("one", "one", "four")])
+    assert found == config
+    once, _ = restore(tmp_path / "one")
+    for one, other in zip(*map(jax.tree.leaves, map(nnx.state, (mean, once))), strict=True):
+        np.testing.assert_allclose(one, 2 * other, rtol=1e-6)
+
+
+def test_different_models_have_no_mean(weights, config, tokenizer, tmp_path):
+    export(weights, config, tokenizer, tmp_path / "one")
+    other = dataclasses.replace(config, norm_epsilon=0.5)
+    export(weights, other, tokenizer, tmp_path / "two")
+    with pytest.raises(ValueError, match="hold models of different shapes"):
+        restore_mean([tmp_path / "one", tmp_path / "two"])
