@@ -26,7 +26,7 @@ class Record:
     nats: Float32[np.ndarray, "texts scored"]
 
 
-def make_record(engine: Engine, texts: Sequence[Tokens], positions: int = 1024) -> Record:
+def make_record(engine: Engine, texts: Sequence[Tokens], positions: int = 512) -> Record:
     """Scores the first tokens of texts; those that are shorter are left out.
 
     Raises ValueError if all are.

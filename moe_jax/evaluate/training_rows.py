@@ -28,32 +28,50 @@ class RowMix:
         asked at the very end.
       near_start: of the other keys in those, the ones that stand in the first twentieth and are
         asked at the very end too.
+      at_once: of all keys but those, the ones that are asked right behind themselves.
+      keys: how many times as many keys as in "all".
     """
 
     lengths: Mapping[int, float]
     kinds: Mapping[str, float]
-    from_start: float
+    from_start: float = 0.0
     near_start: float = 0.0
+    at_once: float = 0.0
+    keys: int = 1
 
 
-# Most rows are short; long ones are for what must be found far back. "far" and "farthest", for the
-# end of a training, have more of the latter.
+# Most rows are short; long ones are for what must be found far back. The others are for the end
+# of a training, and have more of the latter.
 MIXES = {
     "all": RowMix(
-        {1024: 0.6, 2048: 0.2, 4096: 0.2},
-        {"text": 0.46, "passkey": 0.24, "recall": 0.1, "cross_chunk": 0.16, "copying": 0.04},
-        0.0,
+        lengths={1024: 0.6, 2048: 0.2, 4096: 0.2},
+        kinds={"text": 0.46, "passkey": 0.24, "recall": 0.1, "cross_chunk": 0.16, "copying": 0.04},
     ),
     "far": RowMix(
-        {1024: 0.3, 2048: 0.2, 4096: 0.5},
-        {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
-        0.5,
+        lengths={1024: 0.3, 2048: 0.2, 4096: 0.5},
+        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        from_start=0.5,
     ),
     "farthest": RowMix(
-        {1024: 0.2, 4096: 0.8},
-        {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
-        0.7,
-        0.6,
+        lengths={1024: 0.2, 4096: 0.8},
+        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        from_start=0.7,
+        near_start=0.6,
+    ),
+    "ends": RowMix(
+        lengths={1024: 0.2, 4096: 0.8},
+        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        from_start=0.6,
+        near_start=0.35,
+        at_once=0.35,
+    ),
+    "many": RowMix(
+        lengths={1024: 0.2, 4096: 0.8},
+        kinds={"text": 0.3, "passkey": 0.5, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        from_start=0.6,
+        near_start=0.15,
+        at_once=0.7,
+        keys=4,
     ),
 }
 
@@ -116,11 +134,13 @@ def _row(text: TrainingText, length: int, generator: np.random.Generator, mix: R
 def _passkeys(
     text: TrainingText, length: int, generator: np.random.Generator, mix: RowMix
 ) -> list[Piece]:
-    count = int(generator.integers(1, 3 + length // 512))
+    count = mix.keys * int(generator.integers(1, 3 + length // 512))
     hidden = generator.uniform(0, 0.9, count)
     # Half of them are asked at the end, as far away as can be.
     soon = generator.random(count) < 0.5
     asked = np.where(soon, hidden + (1 - hidden) * generator.uniform(0, 1, count), 1.0)
+    if mix.at_once:
+        asked = np.where(generator.random(count) < mix.at_once, hidden, asked)
     if mix.from_start and generator.random() < mix.from_start:
         if mix.near_start:
             near = generator.random(count) < mix.near_start

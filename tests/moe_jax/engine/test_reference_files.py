@@ -7,8 +7,8 @@ import pytest
 from moe_jax.engine.load import reference_model_folder
 
 DIGESTS = {
-    "model-00001-of-00002.safetensors": "3594c7dcd67c33b5d251c7fe82492156972d7e2d263785ef",
-    "model-00002-of-00002.safetensors": "7e881b8aae4067cb2c922822c12766b60b2cf8ba9dcc8eae",
+    "model-00001-of-00002.safetensors": "7b9eacb29db6834152df82b904f4181a57b1fe3823fff7ac",
+    "model-00002-of-00002.safetensors": "85f5e3b6bffe8a3eb41b4feb6cf6578c314b5fe745d31d06",
 }
 
 

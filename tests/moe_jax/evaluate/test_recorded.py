@@ -30,6 +30,6 @@ def test_short_texts_are_refused(engine, text):
 def test_rounding_drifts_less_than_damage(engine, damaged):
     record = read_record()
     assert drift(engine, record) < 0.001
-    assert drift(moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), record) < 0.01
+    assert drift(moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), record) < 0.015
     without = lambda name, tensor: 0 * tensor if ".layers.4.mlp.experts.6." in name else tensor
-    assert drift(moe_jax.load(damaged(without), **OPTIONS), record) > 0.03
+    assert drift(moe_jax.load(damaged(without), **OPTIONS), record) > 0.03  # more for all others

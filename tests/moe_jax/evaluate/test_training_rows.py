@@ -82,6 +82,16 @@ def test_other_keys_may_stand_near_the_start_and_be_asked_at_the_end(text):
     assert several
 
 
+def test_keys_may_be_many_and_asked_at_once(text):
+    mix = dataclasses.replace(only("passkey"), lengths={4096: 1.0}, at_once=1.0, keys=4)
+    (row,), (importance,) = step_rows(text, 4096, 0, 0, mix)
+    given, asked = TOKENIZER.decode(row).split("\n# The pass key of")[1:][::2], importance == ANSWER
+    assert len(given) >= 4 and len(given) % 4 == 0
+    assert np.diff(asked.astype(int)).clip(0).sum() == len(given)
+    # What stands between a key and its question is nothing.
+    assert all(part.endswith(".\n") for part in given)
+
+
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_parts_sum_to_one(mix):
     assert sum(mix.lengths.values()) == pytest.approx(1) == sum(mix.kinds.values())
