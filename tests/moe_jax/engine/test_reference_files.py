@@ -7,8 +7,8 @@ import pytest
 from moe_jax.engine.load import reference_model_folder
 
 DIGESTS = {
-    "model-00001-of-00002.safetensors": "7b9eacb29db6834152df82b904f4181a57b1fe3823fff7ac",
-    "model-00002-of-00002.safetensors": "85f5e3b6bffe8a3eb41b4feb6cf6578c314b5fe745d31d06",
+    "model-00001-of-00002.safetensors": "5628bde5db24715aa6f06ae910e96c3558f251838727aad2",
+    "model-00002-of-00002.safetensors": "d55d6272be4031aa614b0564c98e245e76d590e565102ad8",
 }
 
 
