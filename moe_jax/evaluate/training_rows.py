@@ -40,6 +40,8 @@ class RowMix:
     keys: int = 1
 
 
+_KEYS = {"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04}
+_LONG = {1024: 0.2, 4096: 0.8}
 # Most rows are short; long ones are for what must be found far back. The others are for the end
 # of a training, and have more of the latter.
 MIXES = {
@@ -49,24 +51,24 @@ MIXES = {
     ),
     "far": RowMix(
         lengths={1024: 0.3, 2048: 0.2, 4096: 0.5},
-        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        kinds=_KEYS,
         from_start=0.5,
     ),
     "farthest": RowMix(
-        lengths={1024: 0.2, 4096: 0.8},
-        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        lengths=_LONG,
+        kinds=_KEYS,
         from_start=0.7,
         near_start=0.6,
     ),
     "ends": RowMix(
-        lengths={1024: 0.2, 4096: 0.8},
-        kinds={"text": 0.4, "passkey": 0.4, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
+        lengths=_LONG,
+        kinds=_KEYS,
         from_start=0.6,
         near_start=0.35,
         at_once=0.35,
     ),
     "many": RowMix(
-        lengths={1024: 0.2, 4096: 0.8},
+        lengths=_LONG,
         kinds={"text": 0.3, "passkey": 0.5, "recall": 0.06, "cross_chunk": 0.1, "copying": 0.04},
         from_start=0.6,
         near_start=0.15,

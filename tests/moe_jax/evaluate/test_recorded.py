@@ -32,4 +32,4 @@ def test_rounding_drifts_less_than_damage(engine, damaged):
     assert drift(engine, record) < 0.001
     assert drift(moe_jax.load(**OPTIONS | {"dtype": "bfloat16"}), record) < 0.015
     without = lambda name, tensor: 0 * tensor if ".layers.4.mlp.experts.6." in name else tensor
-    assert drift(moe_jax.load(damaged(without), **OPTIONS), record) > 0.03  # more for all others
+    assert drift(moe_jax.load(damaged(without), **OPTIONS), record) > 0.03
