@@ -23,8 +23,9 @@ def compiler_options(backend: str | None = None) -> dict[str, bool | int | str]:
     Host loops use the full width of a processor with 512-bit vectors and may reorder sums, without
     which a sum over a row of a weight is not vectorised; everything else that goes by the name of
     fast mathematics stays off. XLA:CPU of jax 0.12 takes a loop of such sums for a small one, which
-    runs on a single thread, unless that pass is off. On a GPU, device work would otherwise be
-    scheduled before the host call, not beside it.
+    runs on a single thread, unless that pass is off; that of jax 0.10 removes barriers before it
+    fuses operations, unless that one is off too. On a GPU, device work would otherwise be scheduled
+    before the host call, not beside it.
     """
     backend = jax.default_backend() if backend is None else backend
     if backend == "tpu":
@@ -38,6 +39,8 @@ def compiler_options(backend: str | None = None) -> dict[str, bool | int | str]:
         "xla_cpu_fast_math_honor_functions": True,
         "xla_disable_hlo_passes": "small-while-loop-hoisting",
     }
+    if backend == "cpu":
+        host["xla_disable_hlo_passes"] += ",cse_barrier_expander"
     if backend == "gpu":
         return host | {
             "xla_gpu_enable_latency_hiding_scheduler": True,

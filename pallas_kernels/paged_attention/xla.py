@@ -13,6 +13,7 @@ In both, matrices are head-major and contiguous, and batched over kv_heads: a pr
 token-major arrays is several times slower on XLA:CPU.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ _FEW_QUERIES = 8
 _DECODE_KEYS = 1024  # over all sequences
 _LEAST_DECODE_KEYS = 64
 _MOST_DECODE_KEYS = 512
+_LAST_DECODE_KEYS = 128  # what large blocks leave of a context is read in blocks of this many
 _PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
 # Start of the running maximum: below every real score, and finite, so that differences of two of
@@ -95,8 +97,9 @@ def _few_queries(
     position = kv_lengths[:, None] - query_starts[1:, None] + token
     padded = query.at[token].get(mode="fill", fill_value=0)
     keys = max(_LEAST_DECODE_KEYS, min(_DECODE_KEYS // kv_lengths.shape[0], _MOST_DECODE_KEYS))
+    sizes = keys, min(keys, _LAST_DECODE_KEYS)
     output, log_sum_exp = _attend(
-        padded, position, real, block_tables, kv_lengths, sinks, cache, keys
+        padded, position, real, block_tables, kv_lengths, sinks, cache, sizes
     )
     # Lanes past a sequence's end would land on rows of the next one, in no defined order.
     target = jnp.where(real, token, tokens)
@@ -138,7 +141,7 @@ def _many_queries(
             kv_lengths[seq][None],
             sinks,
             cache,
-            _PREFILL_KEYS,
+            (_PREFILL_KEYS,),
         )
         # Rows past the sequence's end are overwritten: items come in the order of their rows.
         return (
@@ -161,17 +164,16 @@ def _attend(
     kv_lengths: Int[Array, " seqs"],
     sinks: Float[Array, " heads"] | None,
     cache: _Cache,
-    block_keys: int,
+    block_keys: tuple[int, ...],
 ) -> tuple[Float[Array, "seqs queries heads head_dim"], Float[Array, "seqs queries heads"]]:
     """Attends from `queries` tokens of every sequence, those that are real, to its keys.
 
-    Each sequence starts at its own first block with a visible key; the loop runs as often as the
-    sequence with most blocks needs. Results are float32.
+    Keys are read in blocks of the first of `block_keys` as long as they fill one, then of the next.
+    Each sequence starts at the first block, of the last size, with a visible key; the loops run as
+    often as the sequence with most keys needs. Results are float32.
     """
     seqs, queries, heads, head_dim = query.shape
     page_size, kv_heads = cache.key_pages.shape[1:3]
-    pages_per_block = min(max(block_keys // page_size, 1), block_tables.shape[1])
-    size = pages_per_block * page_size
     group = heads // kv_heads
     rows = group * queries
 
@@ -181,19 +183,24 @@ def _attend(
     if cache.sliding_window is not None:
         first = jnp.min(jnp.where(real, position, jnp.iinfo(jnp.int32).max), axis=1)
         low = jnp.maximum(first - cache.sliding_window + 1, 0)
-    first_block = low // size
-    block_count = jnp.max(-(-high // size) - first_block)
+    pages_per_block = [min(max(keys // page_size, 1), block_tables.shape[1]) for keys in block_keys]
+    last = pages_per_block[-1]
+    first_page = low // (last * page_size) * last
+    left = jnp.maximum(jnp.max(-(-high // page_size) - first_page), 0)
 
     by_head = query.reshape(seqs, queries, kv_heads, group, head_dim)
     by_head = by_head.transpose(0, 2, 3, 1, 4).reshape(seqs, kv_heads, rows, head_dim)
     row_position = jnp.where(real, position, -1)
 
-    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(
+        pages: int, begin: Array, block: Array, carry: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         running, total, weighted = carry
-        index = first_block + block
-        page = index[:, None] * pages_per_block + jnp.arange(pages_per_block)[None, :]
+        size = pages * page_size
+        first = begin + block * pages
+        page = first[:, None] + jnp.arange(pages)[None, :]
         table = jnp.take_along_axis(block_tables, page, axis=1, mode="clip")
-        key_position = index[:, None] * size + jnp.arange(size)[None, :]
+        key_position = first[:, None] * page_size + jnp.arange(size)[None, :]
         live = (key_position >= low[:, None]) & (key_position < high[:, None])
         # 0 times NaN is NaN, so what nobody sees leaves the values and not only the scores.
         # Without this tie to the loop, jax 0.10.2 gathers bfloat16 pages by converting the whole
@@ -231,7 +238,13 @@ def _attend(
         running = sink.reshape(seqs, kv_heads, rows)
         total = jnp.ones((seqs, kv_heads, rows))
     weighted = jnp.zeros((seqs, kv_heads, rows, head_dim))
-    running, total, weighted = jax.lax.fori_loop(0, block_count, step, (running, total, weighted))
+    carry = running, total, weighted
+    for pages in dict.fromkeys(pages_per_block):
+        # All blocks of the last size, and as many of a larger one as are full.
+        blocks = -(-left // pages) if pages == last else left // pages
+        carry = jax.lax.fori_loop(0, blocks, functools.partial(step, pages, first_page), carry)
+        first_page, left = first_page + blocks * pages, left - blocks * pages
+    running, total, weighted = carry
 
     attended = weighted / total[..., None]
     by_token = attended.reshape(seqs, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
