@@ -3,7 +3,7 @@
 Knows no file format: `moe_jax.families` turns a Hugging Face config.json into these.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -78,7 +78,10 @@ class MoEConfig:
     """The expert layers.
 
     Attributes:
-      ffn: hidden width of one routed expert.
+      num_experts: routed experts of a layer; of experts that were cut, their pieces.
+      experts_per_token: how many of them run for a token.
+      ffn: hidden width of one of them.
+      pieces: into how many experts, always chosen together, each of the model's was cut.
       shared_ffn: hidden width of the gated shared expert; None: there is no shared expert.
       normalise_gates: whether the gates of a token's chosen experts are scaled to sum to 1.
     """
@@ -88,6 +91,7 @@ class MoEConfig:
     ffn: int
     shared_ffn: int | None = None
     normalise_gates: bool = True
+    pieces: int = 1
 
     def __post_init__(self):
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -95,6 +99,34 @@ class MoEConfig:
                 f"num_experts_per_tok must lie in 1..{self.num_experts} (the number of experts), "
                 f"got {self.experts_per_token}"
             )
+
+    @property
+    def routed_experts(self) -> int:
+        """How many experts the router knows."""
+        return self.num_experts // self.pieces
+
+    @property
+    def routed_per_token(self) -> int:
+        """How many of those it chooses for a token."""
+        return self.experts_per_token // self.pieces
+
+    def cut(self, pieces: int) -> "MoEConfig":
+        """These experts cut along ffn: an expert's output is the sum of what its pieces put out.
+
+        Raises ValueError if they cannot be cut evenly.
+        """
+        if pieces < 1 or self.ffn % pieces:
+            raise ValueError(
+                f"expert_pieces={pieces}: experts of ffn {self.ffn} cannot be cut into as many "
+                "equal pieces; give a divisor of it, or 1 to leave them whole"
+            )
+        return replace(
+            self,
+            num_experts=self.num_experts * pieces,
+            experts_per_token=self.experts_per_token * pieces,
+            ffn=self.ffn // pieces,
+            pieces=self.pieces * pieces,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from jax.sharding import Sharding
 from jaxtyping import Int
 
 from host_offload.memory import sharding, zeros
+from moe_jax.checkpoint.placing import place
 from moe_jax.config import ModelConfig
+from moe_jax.engine.cut import cut_array, join_arrays
 from moe_jax.engine.quantize import store_rows_in_int8
 from moe_jax.engine.runner import ServedModel
 from moe_jax.engine.swap import store_in_bank
@@ -33,6 +35,7 @@ class ArrayReceiver:
     CPU backend they stay separate arrays, because it reads those in place and would copy out of a
     bank; elsewhere they are written into the layer's bank one by one, so there is never a second
     copy of them all. With the host dtype "int8" the others are rounded to it as they arrive.
+    Experts that the config has cut arrive whole, in host memory, and are cut here.
 
     The others go to the pinned host memory of `host`; None: the first device's.
     """
@@ -53,14 +56,28 @@ class ArrayReceiver:
         self._banks: dict[tuple[int, str], jax.Array] = {}
 
     def sharding(self, target: str) -> Sharding:
-        """Where the array of this name goes."""
+        """Where the array of this name is to be put; experts to be cut go to host memory."""
+        if _EXPERT.fullmatch(target) and self._config.moe.pieces > 1:
+            return sharding("pinned_host", self._host)
+        return self._home(target)
+
+    def _home(self, target: str) -> Sharding:
         match = _EXPERT.fullmatch(target)
         if match and int(match[2]) not in self._residents[int(match[1])]:
             return sharding("pinned_host", self._host)
         return sharding("device")
 
     def receive(self, target: str, array: jax.Array) -> None:
-        """Takes one array."""
+        """Takes one array of a checkpoint."""
+        match, pieces = _EXPERT.fullmatch(target), self._config.moe.pieces
+        if not match or pieces == 1:
+            self._store(target, array)
+            return
+        for index, piece in enumerate(cut_array(match[3], np.asarray(array), pieces)):
+            name = f"layers.{match[1]}.experts.{int(match[2]) * pieces + index}.{match[3]}"
+            self._store(name, place(piece, self._home(name)))
+
+    def _store(self, target: str, array: jax.Array) -> None:
         match = _EXPERT.fullmatch(target)
         residents = self._residents[int(match[1])] if match else []
         if match and int(match[2]) not in residents and self._host_dtype is not None:
@@ -121,11 +138,32 @@ class ArrayReceiver:
         )
 
 
-def arrays_by_target(model: ServedModel) -> dict[str, jax.Array]:
+class _Arrays(Mapping[str, jax.Array]):
+    """Arrays by checkpoint name; what was cut is joined when it is asked for."""
+
+    def __init__(self, parts: Mapping[str, Sequence[jax.Array]]):
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> jax.Array:
+        parts = self._parts[name]
+        if len(parts) == 1:
+            return parts[0]
+        joined = join_arrays(name.rpartition(".")[2], [np.asarray(part) for part in parts])
+        return jax.device_put(joined, parts[0].sharding)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def arrays_by_target(model: ServedModel) -> Mapping[str, jax.Array]:
     """Every array of a served model under its checkpoint name."""
     arrays = {"embedding": model.embedding, "final_norm": model.final_norm}
     if not model.config.tied_embeddings:
         arrays["unembedding"] = model.unembedding
+    cut: dict[str, list[jax.Array]] = defaultdict(list)
     for index, layer in enumerate(model.layers):
         arrays |= {f"layers.{index}.{k}": v for k, v in _flatten(layer.parameters).items()}
         if layer.experts is None:
@@ -143,9 +181,10 @@ def arrays_by_target(model: ServedModel) -> dict[str, jax.Array]:
                 pair = Expert(*(bank[address] for bank in experts.resident))
             else:
                 pair = experts.resident[address]
-            name = f"layers.{index}.experts.{expert}"
-            arrays |= {f"{name}.gate_up": pair.gate_up, f"{name}.down": pair.down}
-    return arrays
+            name = f"layers.{index}.experts.{expert // model.config.moe.pieces}"
+            cut[f"{name}.gate_up"].append(pair.gate_up)
+            cut[f"{name}.down"].append(pair.down)
+    return _Arrays({name: [array] for name, array in arrays.items()} | cut)
 
 
 def _layer_graph(config: ModelConfig, layer: int, dtype: jnp.dtype) -> nnx.GraphDef:

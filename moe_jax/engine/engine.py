@@ -185,6 +185,8 @@ class Engine:
     ) -> tuple[Int[np.ndarray, "layers experts"], Bool[np.ndarray, "layers experts"]]:
         """Tokens of each expert in the last step of a generation, and which were resident.
 
+        Experts that were cut (`load(expert_pieces=)`) count as their pieces.
+
         Raises ValueError if nothing was generated yet.
         """
         report, residency = self._observer.last_step()
@@ -200,12 +202,15 @@ class Engine:
         report, _ = self._observer.last_step()
         model, (counts, resident) = self._loop.runner.model, self.last_routing()
         plans = plan_layers(self._loop.runner.programs.planner, counts, resident, model.curves)
-        return make_timeline(
+        timeline = make_timeline(
             counts,
             np.asarray(plans.mode),
             model.curves,
             self._observer.monitor.dense_seconds(report.tokens) / self.config.layers,
         )
+        pieces = self.config.moe.pieces
+        whole = [replace(span, expert=span.expert // pieces) for span in timeline.spans]
+        return replace(timeline, spans=tuple(whole))
 
     @property
     def stats(self) -> Stats:

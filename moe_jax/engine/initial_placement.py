@@ -57,7 +57,8 @@ def place_experts(placement: Any, config: ModelConfig, memory: MemoryPlan) -> In
     trace = _read(Path(placement))
     _check_model(trace, config, placement)
     counts = np.zeros((config.layers, config.moe.num_experts), np.int64)
-    counts[trace.layer] = trace.counts.sum(axis=0, dtype=np.int64)
+    used = trace.counts.sum(axis=0, dtype=np.int64)
+    counts[trace.layer] = used.repeat(config.moe.pieces, axis=1)
     slots = profile_placement(counts, memory.slots)
     hits = [
         float(row[chosen].sum() / row.sum()) if row.any() else 0.0
@@ -79,8 +80,8 @@ def _read(path: Path) -> RoutingTrace:
 def _check_model(trace: RoutingTrace, config: ModelConfig, path: str | Path) -> None:
     layers = np.flatnonzero(config.moe_layers).tolist()
     sizes = {
-        "experts": (trace.experts, config.moe.num_experts),
-        "experts per token": (trace.experts_per_token, config.moe.experts_per_token),
+        "experts": (trace.experts, config.moe.routed_experts),
+        "experts per token": (trace.experts_per_token, config.moe.routed_per_token),
         "layers with experts": (trace.layer.tolist(), layers),
     }
     for name, (given, expected) in sizes.items():

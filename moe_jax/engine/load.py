@@ -4,6 +4,7 @@ import hashlib
 import importlib.resources
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, no_type_check
 
@@ -54,6 +55,7 @@ def load(
     share_prefixes: bool = True,
     expected_share: float = 1.0,
     missing_experts: MissingExperts = "auto",
+    expert_pieces: int = 1,
     planner: Planner | None = None,
     residency: str | Policy | None = None,
     max_swaps: int | None = None,
@@ -85,6 +87,10 @@ def load(
       missing_experts: how experts that are not on the device run: "auto" lets the planner choose
         per expert and step, "stream" always copies their weights over, "host" always computes
         them on the CPU.
+      expert_pieces: how many equal parts along ffn each expert is kept in. With 2, half of an
+        expert can be streamed while the host computes the other half, which helps where only two
+        or three experts of a layer miss; each piece costs a launch of its own. Results are the
+        same but for the order of sums, and do not depend on where pieces are either.
       planner: what decides for the experts of one layer call, in place of
         `moe_jax.placement.planner.plan_layer`: a function of its arguments and result that jax can
         trace. It decides about time only: results do not depend on it.
@@ -113,6 +119,7 @@ def load(
         sizes["max_tokens"] = max_tokens, 1
     if max_swaps is not None:
         sizes["max_swaps"] = max_swaps, 0
+    sizes["expert_pieces"] = expert_pieces, 1
     for name, (value, least) in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -149,7 +156,7 @@ def load(
     host_budget = host_memory_bytes() if host_memory is None else parse_bytes(host_memory)
 
     checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
+    config = replace(checkpoint.config, moe=checkpoint.config.moe.cut(expert_pieces))
     tokenizer = read_tokenizer(folder)
     template = read_chat_template(folder)
     ends = stop_tokens(folder)

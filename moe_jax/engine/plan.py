@@ -83,10 +83,11 @@ def make_plan(
     # Others read memory: it limits only where the experts take as long as it does.
     binds = seconds["memory"] >= 0.999 * (total - dense)
     limits = {part: spent for part, spent in seconds.items() if part != "memory" or binds}
-    attention = config.attention
+    attention, moe = config.attention, config.moe
+    cut = f" in {moe.pieces} pieces each" if moe.pieces > 1 else ""
     model = (
-        f"{config.family}: {config.layers} layers, {config.moe.num_experts} experts "
-        f"(top-{config.moe.experts_per_token}), embed {config.embed}, "
+        f"{config.family}: {config.layers} layers, {moe.routed_experts} experts{cut} "
+        f"(top-{moe.routed_per_token}), embed {config.embed}, "
         f"{attention.heads} heads, on {backend}"
     )
     return Plan(

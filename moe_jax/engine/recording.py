@@ -33,10 +33,11 @@ def record_routing(
     prefill = [start < prompt_tokens for start in starts]
     config = runner.model.config
     layers = np.flatnonzero(config.moe_layers)
+    whole = np.s_[layers, :: config.moe.pieces]  # an expert's pieces all report the same
     return make_trace(
-        np.stack([report.tally.counts[layers] for report in reports]),
-        config.moe.experts_per_token,
-        gates=np.stack([report.tally.gates[layers] for report in reports]),
+        np.stack([report.tally.counts[whole] for report in reports]),
+        config.moe.routed_per_token,
+        gates=np.stack([report.tally.gates[whole] for report in reports]),
         prefill=np.asarray(prefill),
         layer=layers,
     )

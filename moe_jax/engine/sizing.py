@@ -1,5 +1,6 @@
 """How much memory a checkpoint needs, before any weight is read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ def device_memory_for(
     dtype: str = "bfloat16",
     max_tokens: int = 4096,
     max_seqs: int = 8,
+    expert_pieces: int = 1,
 ) -> int:
     """The `device_memory` in bytes with which `load` keeps this share of the experts resident.
 
@@ -62,6 +64,7 @@ def device_memory_for(
     if not 0 <= experts <= 1:
         raise ValueError(f"experts is a share between 0 and 1, got {experts!r}")
     config = open_checkpoint(path).config
+    config = replace(config, moe=config.moe.cut(expert_pieces))
     unlimited = 1 << 62
     options = {"dtype": dtype, "max_tokens": max_tokens, "max_seqs": max_seqs}
     whole = plan_for(config, device_bytes=unlimited, host_bytes=unlimited, **options)

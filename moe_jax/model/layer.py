@@ -14,7 +14,7 @@ from moe_jax.model.dispatch import Dispatch, block_widths, combine, dispatch, ga
 from moe_jax.model.experts import LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
 from moe_jax.model.prefetch import link_has_time
-from moe_jax.model.router import route
+from moe_jax.model.router import route_to_pieces
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.model.weights import LayerWeights, SharedExpertWeights
@@ -142,7 +142,7 @@ def route_layer(
     that is not streamed runs on the host: a plan decides about time, never about the result.
     """
     assert weights.router is not None, "a dense layer was given experts"
-    gates, chosen, _ = route(weights.router[...], x, config.moe)
+    gates, chosen = route_to_pieces(weights.router[...], x, config.moe)
     tokens, choices = chosen.shape
     widths = block_widths(tokens, choices, config.moe.num_experts)
     where = dispatch(address[chosen], step.valid, config.moe.num_experts, widths)

@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import MoEConfig
 from moe_jax.model.experts import Expert, LayerExperts
 from moe_jax.model.int8 import Int8Expert
-from moe_jax.model.router import route
+from moe_jax.model.router import route_to_pieces
 from moe_jax.placement.curves import CostCurves
 
 NOTHING = -1
 
 
 def guess_missing(
-    router: Float[Array, "experts embed"],
+    router: Float[Array, "routed embed"],
     address: Int[Array, " experts"],
     slots: Int[Array, ""],
     x: Float[Array, "tokens embed"],
@@ -35,7 +35,7 @@ def guess_missing(
     `router`, `address` and `slots` are the next layer's, `x` is what this layer's router sees.
     Returns NOTHING if it chooses resident experts only.
     """
-    gates, chosen, _ = route(router, x, moe)
+    gates, chosen = route_to_pieces(router, x, moe)
     gates = jnp.where(valid[:, None], gates.astype(jnp.float32), 0)
     experts = address.shape[0]
     wanted = jnp.zeros(experts).at[address[chosen]].add(gates)

@@ -83,7 +83,7 @@ class LayerWeights(nnx.Module):
         self.attention = AttentionWeights(config, dtype, rngs)
         self.ffn_norm = nnx.Param(jnp.ones(config.embed, dtype))
         moe, embed, shared_ffn = config.moe_layers[layer], config.embed, config.moe.shared_ffn
-        router_shape = (config.moe.num_experts, embed)
+        router_shape = (config.moe.routed_experts, embed)
         self.ffn = None if moe else FfnWeights(embed, config.dense_ffn, dtype, rngs)
         self.router = _parameter(router_shape, dtype, rngs) if moe else None
         self.shared = (
