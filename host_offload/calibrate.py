@@ -178,16 +178,34 @@ def measure_host_launch(box: TimeBox) -> float:
     return time_beside(lambda _: hosted(x), lambda _: plain(x), box, seconds=0.05).median
 
 
-def measure_read_rate(size: int = 1 << 29, kind: MemoryKind = "device", repeats: int = 5) -> float:
+def measure_product_rate(dtype: jax.typing.DTypeLike, repeats: int = 5) -> float:
+    """Operations per second at which the device multiplies a large weight with 512 columns."""
+    weight, columns = random_arrays([(8192, 2048), (2048, 512)], dtype, "device")
+    product = lambda a, b: jax.lax.dot(a, b, preferred_element_type=np.float32)
+    multiply = jax.jit(product, compiler_options=compiler_options())
+    operations = 2 * weight.size * columns.shape[1]
+    return operations / seconds_of(lambda: multiply(weight, columns), repeats)
+
+
+def measure_read_rate(
+    size: int = 1 << 29,
+    kind: MemoryKind = "device",
+    repeats: int = 5,
+    beside: Sequence[jax.Array] = (),
+) -> float:
     """Bytes per second at which memory of a kind is read by the processor beside it.
 
     The sum of a large array: by a device program or, for "pinned_host", by a host computation.
+    Arrays in host memory, given as `beside`, are brought over the link in the same program, and
+    their bytes count.
     """
     array = jax.device_put(np.ones(size // 4, np.float32), sharding(kind))
     if kind == "device":
-        total = jax.jit(lambda x: x.sum())
+        total = jax.jit(lambda x, beside: (x.sum(), as_device(beside)))
     else:
         total = jax.jit(
-            lambda x: on_host(lambda x: x.sum(), x), compiler_options=compiler_options()
+            lambda x, beside: (on_host(lambda x: x.sum(), x), as_device(beside)),
+            compiler_options=compiler_options(),
         )
-    return array.nbytes / seconds_of(lambda: total(array), repeats)
+    read = array.nbytes + sum(other.nbytes for other in beside)
+    return read / seconds_of(lambda: total(array, tuple(beside)), repeats)

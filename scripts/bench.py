@@ -18,11 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_dtypes import bfloat16
 from random_checkpoint import SHAPES, bytes_per_token, config_of, write_checkpoint
 
 import moe_jax
-from host_offload.calibrate import measure_read_rate
+from host_offload.calibrate import measure_product_rate, measure_read_rate
 from host_offload.memory import format_bytes
+from moe_jax.engine.costs import calibrate
 from moe_jax.engine.sizing import device_memory_for
 
 
@@ -131,6 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     long = rng.integers(0, config["vocab_size"], arguments.prefill).tolist()
     short = long[:16]
     read_rates: list[float] = []
+    product_rates: list[float] = []
     systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
     if arguments.int8:
         systems |= {
@@ -140,8 +143,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
     if not arguments.skip_transformers:
         systems["transformers"] = Transformers(folder)
-    prefills = alternate(
-        arguments.repeats, *(lambda s=s: s.prefill(long) for s in systems.values())
+    *prefills, _ = alternate(
+        arguments.repeats,
+        *(lambda s=s: s.prefill(long) for s in systems.values()),
+        lambda: product_rates.append(measure_product_rate("bfloat16")) or 0.0,
     )
     *decodes, _ = alternate(
         arguments.repeats,
@@ -152,7 +157,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if "transformers" in systems:
         version = systems["transformers"].version
         systems["transformers"].close()
-    read_rate = statistics.median(read_rates)
+    read_rate, product_rate = statistics.median(read_rates), statistics.median(product_rates)
+    # Two operations for each weight of two bytes; logits are wanted of the last token alone.
+    operations = needed - 2 * config["vocab_size"] * config["hidden_size"]
+    expert = calibrate(systems["moe_jax"].engine.config, np.dtype(bfloat16), recalibrate=True)
+    expert_rate = expert.work_bytes / expert.host.seconds[0]
     stats = systems["moe_jax"].engine.stats
     rows = {}
     for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
@@ -160,6 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         achieved = (own.bytes_per_token(config) if isinstance(own, Ours) else needed) / decode
         rows[name] = {
             "prefill_tokens_per_second": arguments.prefill / prefill,
+            "share_of_product_limit": operations * arguments.prefill / prefill / product_rate,
             "decode_tokens_per_second": 1 / decode,
             "decode_bytes_per_second": achieved,
             "share_of_read_limit": achieved / read_rate,
@@ -173,6 +183,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "shape": arguments.shape,
         "bytes_per_token": needed,
         "read_bytes_per_second": read_rate,
+        "product_operations_per_second": product_rate,
+        "experts_alone": {
+            "bytes_per_second": expert_rate,
+            "share_of_read_limit": expert_rate / expert.read_rate,
+        },
         "rows": rows,
         "prediction_error": {"prefill": stats.prefill_error, "decode": stats.decode_error},
         "stats": str(stats),
@@ -193,14 +208,17 @@ def table(result: dict[str, Any]) -> str:
         f"{result['shape']} on {result['machine']}, "
         f"jax {result['versions']['jax']}, {result['date']}",
         f"read limit {result['read_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"{format_bytes(result['bytes_per_token'])} read per token",
+        f"{format_bytes(result['bytes_per_token'])} read per token; "
+        f"products at {result['product_operations_per_second'] / 1e9:.0f} GFLOP/s",
         "",
-        "| system | prefill tokens/s | decode tokens/s | achieved GB/s | of read limit |",
-        "|---|---|---|---|---|",
+        "| system | prefill tokens/s | of product limit | decode tokens/s | achieved GB/s "
+        "| of read limit |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
         lines.append(
             f"| {name} | {row['prefill_tokens_per_second']:.0f} "
+            f"| {row['share_of_product_limit']:.0%} "
             f"| {row['decode_tokens_per_second']:.1f} "
             f"| {row['decode_bytes_per_second'] / 1e9:.1f} "
             f"| {row['share_of_read_limit']:.0%} |"
@@ -219,6 +237,12 @@ def table(result: dict[str, Any]) -> str:
         plain = result["rows"]["experts on host"]
         key = "decode_tokens_per_second"
         lines += ["", f"int8 on the host: decode {eight_bit[key] / plain[key]:.2f} x bfloat16"]
+    alone = result["experts_alone"]
+    lines += [
+        "",
+        f"one expert alone, one token, on the host: {alone['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{alone['share_of_read_limit']:.0%} of the read limit at that moment",
+    ]
     errors = [
         f"{phase} {error:.1%}"
         for phase, error in result["prediction_error"].items()

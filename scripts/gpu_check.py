@@ -201,7 +201,7 @@ def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
         command += ["--ways", "host", "--prefill", "8", "--decode", "2", "--repeats", "1"]
         command += ["--beams", "2"]
     else:  # what says most comes first: time may run out
-        ways = ["plan", "driven", "stream", "transformers", "host", "fiddler"]
+        ways = ["plan", "driven", "stream", "transformers", "host", "fiddler", "halves"]
         command += ["--ways", *ways, "--repeats", "2"]
     parts.append(Part(name="offload", command=command, weight=4))
     return parts

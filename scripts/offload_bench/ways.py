@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-ENGINE_WAYS = ("plan", "driven", "host", "stream", "fiddler")
+ENGINE_WAYS = ("plan", "halves", "driven", "host", "stream", "fiddler")
 WAYS = (*ENGINE_WAYS, "transformers")
 PROMPT = 16  # tokens of a prompt that is then decoded
 
@@ -67,6 +67,8 @@ def measure_engine(way: str, task: Task) -> dict[str, Any]:
     options: dict[str, Any] = {"share_prefixes": False}
     if way == "driven":
         options["executor"] = "driven"
+    elif way == "halves":
+        options["expert_pieces"] = 2
     elif way in ("host", "stream"):
         options["missing_experts"] = way
     elif way == "fiddler":

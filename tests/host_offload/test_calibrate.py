@@ -5,11 +5,13 @@ import time
 import numpy as np
 import pytest
 
+from host_offload import calibrate
 from host_offload.calibrate import (
     TimeBox,
     cache_bytes,
     measure_host_launch,
     measure_in_time,
+    measure_product_rate,
     measure_read_rate,
     measure_transfers,
     random_arrays,
@@ -141,6 +143,16 @@ def test_a_host_call_comes_back():
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
 def test_memory_is_read_at_a_rate_a_machine_can_have(kind):
     assert 1e7 < measure_read_rate(1 << 24, kind, repeats=2) < 1e14
+
+
+def test_what_the_link_reads_beside_the_host_counts(monkeypatch):
+    monkeypatch.setattr(calibrate, "seconds_of", lambda function, repeats: function() and 2.0)
+    beside = random_arrays([(1 << 10,), (1 << 11,)], np.int8, "pinned_host")
+    assert measure_read_rate(1 << 14, "pinned_host", beside=beside) == ((1 << 14) + 3 * 1024) / 2
+
+
+def test_products_are_made_at_a_rate_a_machine_can_have():
+    assert 1e8 < measure_product_rate("float32", repeats=1) < 1e16
 
 
 def test_the_cache_has_a_size():

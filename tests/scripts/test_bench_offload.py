@@ -76,6 +76,13 @@ def test_a_way_is_measured_and_what_is_not_installed_is_said(start, monkeypatch,
     assert "* transformers: torch, transformers not installed" in text
 
 
+def test_halves_of_experts_are_measured(start):
+    code, result = start("--ways", "halves")
+    assert code == 0
+    (row,) = result["rows"]
+    assert row["decode_tokens_per_second"] > 0 and row["slots"] in ([4, 4], [4, 3])
+
+
 def test_an_engine_that_fails_is_no_result(start, capsys):
     code, result = start("--ways", "host", budget="1kB")
     assert code == 1 and result["rows"] == []
