@@ -51,7 +51,8 @@ class Calibration:
       transfer: seconds to bring them over the link.
       link_latency: seconds to start doing so.
       host_launch: seconds for the round trip of a host call that does next to nothing.
-      read_rate: bytes per second at which the host reads its memory, at most.
+      read_rate: bytes per second at which the host's memory is read, at most: by the host, and on
+        a GPU by the link beside it.
       spent: seconds that measuring took.
     """
 

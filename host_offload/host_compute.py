@@ -24,7 +24,8 @@ def compiler_options(backend: str | None = None) -> dict[str, bool | int | str]:
     which a sum over a row of a weight is not vectorised; everything else that goes by the name of
     fast mathematics stays off. XLA:CPU of jax 0.12 takes a loop of such sums for a small one, which
     runs on a single thread, unless that pass is off; that of jax 0.10 removes barriers before it
-    fuses operations, unless that one is off too. On a GPU, device work would otherwise be scheduled
+    fuses operations, unless that one is off too (on the CPU backend; what a GPU's compiler would
+    make of it is not known). On a GPU, device work would otherwise be scheduled
     before the host call, not beside it.
     """
     backend = jax.default_backend() if backend is None else backend

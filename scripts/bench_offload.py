@@ -4,9 +4,10 @@ The ways take turns on one random checkpoint with one device budget and the same
 this project's planner, "halves" the same with experts in two pieces, "driven" with layers driven
 from Python, "fiddler" the published rule with costs measured here, "stream" and "host" force one
 way for every expert that is not resident; experts keep their places, so that all have the same
-ones. "transformers" is Hugging Face Transformers, on a GPU with accelerate's offload in the same
-budget, else on the CPU; where it cannot run, the result says why. Each way is a process of its own.
-Stops in time with --seconds, after at least one way.
+ones, but for "halves", which fills the budget a little better and counts slots in halves.
+"transformers" is Hugging Face Transformers, on a GPU with accelerate's offload in the same budget,
+else on the CPU; where it cannot run, the result says why. Each way is a process of its own. Stops
+in time with --seconds, after at least one way.
 """
 
 import argparse

@@ -149,7 +149,7 @@ class _Arrays(Mapping[str, jax.Array]):
         if len(parts) == 1:
             return parts[0]
         joined = join_arrays(name.rpartition(".")[2], [np.asarray(part) for part in parts])
-        return jax.device_put(joined, parts[0].sharding)
+        return jax.device_put(joined, sharding("pinned_host"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.checkpoint.chat import ChatTemplate
 from moe_jax.checkpoint.orbax import save_checkpoint
 from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
+from moe_jax.config import ModelConfig
 from moe_jax.decoding.sampling_params import check_vocab, sampling_params
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.driver import Driver
@@ -47,6 +48,7 @@ class Engine:
         observer: StepObserver,
         plan: Plan,
         *,
+        config: ModelConfig,
         source: Path,
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
@@ -56,7 +58,7 @@ class Engine:
         progress: bool,
     ):
         self.plan = plan
-        self.config = loop.runner.model.config
+        self.config = config
         self.tokenizer = tokenizer
         self._loop = loop
         self._driver = Driver(loop)
@@ -208,7 +210,7 @@ class Engine:
             model.curves,
             self._observer.monitor.dense_seconds(report.tokens) / self.config.layers,
         )
-        pieces = self.config.moe.pieces
+        pieces = model.config.moe.pieces
         whole = [replace(span, expert=span.expert // pieces) for span in timeline.spans]
         return replace(timeline, spans=tuple(whole))
 

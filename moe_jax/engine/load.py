@@ -89,8 +89,10 @@ def load(
         them on the CPU.
       expert_pieces: how many equal parts along ffn each expert is kept in. With 2, half of an
         expert can be streamed while the host computes the other half, which helps where only two
-        or three experts of a layer miss; each piece costs a launch of its own. Results are the
-        same but for the order of sums, and do not depend on where pieces are either.
+        or three experts of a layer miss. Each piece gets the tokens of its expert, which takes
+        workspace, and a transfer of its own. In float32 results are the same but for the order of
+        sums, otherwise also but for rounding; where pieces are matters no more than where whole
+        experts are. Plan and stats count pieces.
       planner: what decides for the experts of one layer call, in place of
         `moe_jax.placement.planner.plan_layer`: a function of its arguments and result that jax can
         trace. It decides about time only: results do not depend on it.
@@ -98,7 +100,8 @@ def load(
         `moe_jax.placement.policies.Policy`: "static" (they stay), "lru", "lfu", "lfru", "score" or
         "least_stale". A swap must pay for its transfer. None: "lfru", on the CPU backend "static",
         since there both sides are the same memory.
-      max_swaps: how many experts may come to the device after one step; None: one for each layer.
+      max_swaps: how many whole experts may come to the device after one step; None: one for each
+        layer.
       placement: which experts are on the device at first: "uniform", or the path of a routing
         trace made by scripts/profile_experts.py, whose most used experts of each layer they are.
       executor: how layers with experts in host memory run: "compiled", as one device program that
@@ -187,7 +190,9 @@ def load(
     )
     runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages, max_seqs)
     plan = make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer)
-    most = sum(config.moe_layers) if max_swaps is None else max_swaps
+    most = expert_pieces * (sum(config.moe_layers) if max_swaps is None else max_swaps)
+    if expert_pieces > 1:
+        policy = replace(policy, gate_top=policy.gate_top * expert_pieces)
     observer = StepObserver(runner, Monitor(memory, curves), ExpertMover(runner, policy, most))
     identity = hashlib.sha256(repr((config, dtype)).encode()).digest()
     seating = Seating(
@@ -201,6 +206,7 @@ def load(
         EngineLoop(runner, seating, sampler, observer),
         observer,
         plan,
+        config=checkpoint.config,
         source=folder,
         tokenizer=tokenizer,
         template=template,

@@ -76,7 +76,8 @@ class Stats:
       prefill_seconds, decode_seconds: wall-clock of steps with and without tokens of prompts,
         compilation included.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
-        one expert in one layer of one step, for however many tokens.
+        one expert in one layer of one step, for however many tokens. Of experts that were cut, here
+        and below, it is one piece.
       swapped: experts that changed places with a resident one, between steps.
       expert_bytes: bytes of one expert in host memory.
       prefetched: experts brought over for a layer before it was known that it needs them.

@@ -71,7 +71,8 @@ def gated_ffn_int8(
 
 def _multiply(weight: jax.Array, weight_scale: jax.Array, columns: jax.Array) -> jax.Array:
     whole, scale = quantize_columns(columns)
-    # XLA:CPU would round again for every few rows of the weight, inside the loop over its inputs.
+    # XLA:CPU would round again for every few rows of the weight, inside the loop over its inputs;
+    # with the options for a GPU, jax 0.10 still does.
     whole = lax.optimization_barrier(whole)
     product = multiply_int8(weight, whole).astype(jnp.float32)
     return product * weight_scale[:, None] * scale[None, :]

@@ -22,7 +22,8 @@ class MemoryPlan:
       max_tokens: tokens in the KV cache, over all sequences.
       kv_pages, kv_bytes: its pages, with one more for each sequence's last that may be part full.
       workspace_bytes: activations of the largest step and two experts in transit.
-      expert_bytes: one routed expert on the device.
+      expert_bytes: one routed expert on the device; of experts that were cut, here and below, one
+        piece.
       host_expert_bytes: one routed expert in host memory.
       slots: resident experts of each layer; 0 in dense layers.
       experts: experts of each layer; 0 in dense layers.

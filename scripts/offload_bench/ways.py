@@ -60,7 +60,7 @@ def device() -> tuple[str, str]:
 
 
 def measure_engine(way: str, task: Task) -> dict[str, Any]:
-    """The engine, planned or by a simpler rule. Experts keep their places: all have the same."""
+    """The engine, planned or by a simpler rule. Experts keep their places."""
     import moe_jax
     from moe_jax.placement.rules import fiddler
 

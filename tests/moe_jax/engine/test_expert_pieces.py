@@ -9,7 +9,7 @@ import pytest
 import moe_jax
 from moe_jax.checkpoint import expected_targets
 from moe_jax.config import MoEConfig
-from moe_jax.engine.arrays import arrays_by_target
+from moe_jax.engine.arrays import ArrayReceiver, arrays_by_target
 from moe_jax.engine.cut import cut_array, join_arrays
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.ops import gated_ffn
@@ -74,7 +74,7 @@ def test_it_does_not_matter_where_pieces_are(tiny, expected, share, missing):
 
 
 def test_device_and_host_share_an_expert(tiny):
-    """Every step has an odd number of missing experts somewhere, of which half is streamed."""
+    """Where an odd number of experts miss, half of one is streamed; in some step, one does."""
     engine = load(tiny, 0.5)
     reports = engine._loop.runner.take_reports
     cut = []
@@ -112,8 +112,10 @@ def test_pieces_are_saved_as_whole_experts(tiny, engine, tmp_path):
     for name, array in plain.items():
         np.testing.assert_array_equal(stored[name], array, err_msg=name)
     cut.save(tmp_path / "saved")
-    again = moe_jax.load(tmp_path / "saved", **SIZES)
-    assert_close(again.logits(TOKENS), engine.logits(TOKENS))
+    for pieces in (1, 2):
+        again = moe_jax.load(tmp_path / "saved", expert_pieces=pieces, **SIZES)
+        assert_close(again.logits(TOKENS), engine.logits(TOKENS))
+        assert again.config == engine.config
 
 
 def test_traces_and_profiles_are_of_whole_experts(tiny, engine, profile):
@@ -129,6 +131,28 @@ def test_traces_and_profiles_are_of_whole_experts(tiny, engine, profile):
 def test_int8_pieces_have_scales_of_their_own(tiny, engine):
     cut = load(tiny, 0.0, host_dtype="int8")
     assert_close(cut.logits(TOKENS), engine.logits(TOKENS), "bfloat16")
+    whole = engine._loop.runner.model.layers[0].experts.resident[1]
+    for half in (0, 1):
+        columns = np.asarray(whole.down)[:, 6 * half : 6 * half + 6]
+        piece = cut._loop.runner.model.layers[0].experts.host[2 + half]
+        np.testing.assert_allclose(piece.down_scale, abs(columns).max(axis=1) / 127, rtol=1e-6)
+
+
+def test_a_bank_holds_pieces_too(tiny, expected, engine, monkeypatch):
+    """The layout of other backends, half of an expert in its last slot."""
+    plain = ArrayReceiver.__init__
+
+    def with_bank(self, *arguments):
+        plain(self, *arguments)
+        self._use_bank = True
+
+    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
+    banked = load(tiny, 0.4)
+    assert banked._loop.runner.model.layers[2].experts.resident.gate_up.shape[0] == 3
+    assert_close(banked.logits(TOKENS), expected[0])
+    stored = arrays_by_target(banked._loop.runner.model)
+    for name, array in arrays_by_target(engine._loop.runner.model).items():
+        np.testing.assert_array_equal(stored[name], array, err_msg=name)
 
 
 def test_the_plan_says_so(tiny):

@@ -95,9 +95,11 @@ def test_a_sliding_window_needs_no_page_before_it(queries, keys, window, impleme
 
 
 @implementations
-def test_a_window_far_behind_the_first_key_block(implementation):
-    case = Case(queries=(1, 1), keys=(1500, 20), pages_per_seq=100, free_before=30)
-    check(case, "float32", implementation, 30)
+@pytest.mark.parametrize("window, keys", [(30, (1500, 20)), (600, (1030, 700))])
+def test_a_window_far_behind_the_first_key_block(window, keys, implementation):
+    """The second one is wide enough for a large block of keys and several small ones."""
+    case = Case(queries=(1, 1), keys=keys, pages_per_seq=100, free_before=window)
+    check(case, "float32", implementation, window)
     case = Case(queries=(12, 9), keys=(700, 20), pages_per_seq=100, free_before=30)
     check(case, "float32", implementation, 30)
 
