@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,18 @@ CONFIG = ModelConfig(
 )
 
 
-def compile_layer(target, tokens, slots, **flags):
-    """One layer of 8 experts, `slots` of them resident, the others in pinned host memory."""
+HALVES = replace(CONFIG, moe=CONFIG.moe.cut(2))
+
+
+def compile_layer(target, tokens, slots, config, **flags):
+    """One layer, `slots` of its experts resident, the others in pinned host memory."""
     i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
-    graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(CONFIG, 0, jnp.dtype(bf16))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(config, 0, jnp.dtype(bf16))))
     parameters = jax.tree.map(lambda x: array(x.shape, x.dtype), nnx.to_pure_dict(state))
-    gate_up, down = CONFIG.expert_shapes
+    count, (gate_up, down) = config.moe.num_experts, config.expert_shapes
     bank = ExpertBank(array((slots, *gate_up), bf16), array((slots, *down), bf16))
     host = Expert(array(gate_up, bf16, "pinned_host"), array(down, bf16, "pinned_host"))
-    experts = LayerExperts(
-        bank if slots else (), (host,) * (EXPERTS - slots), array((EXPERTS,), i32)
-    )
+    experts = LayerExperts(bank if slots else (), (host,) * (count - slots), array((count,), i32))
     pages = array((64, 16, *storage_heads(2, 64)), bf16)
     step = StepState(
         valid=array((tokens,), jnp.bool_),
@@ -88,7 +90,7 @@ def compile_layer(target, tokens, slots, **flags):
             step,
             curves,
             tally,
-            config=CONFIG,
+            config=config,
             window=None,
             max_query_length=tokens,
         )
@@ -98,10 +100,10 @@ def compile_layer(target, tokens, slots, **flags):
         LayerKv(pages, pages),
         Tally(
             layer=array((), i32),
-            modes=array((1, EXPERTS), i32),
+            modes=array((1, count), i32),
             predicted=scalar,
-            counts=array((1, EXPERTS), i32),
-            gates=array((1, EXPERTS), f32),
+            counts=array((1, count), i32),
+            gates=array((1, count), f32),
         ),
     )
     arguments = parameters, experts, kv, x, step, curves, tally
@@ -113,12 +115,12 @@ EXPERT_BYTES = 2 * sum(rows * columns for rows, columns in CONFIG.expert_shapes)
 
 
 @functools.cache
-def layer_program(target, tokens, slots):
-    """The optimised program; `slots` of its 8 experts are resident."""
+def layer_program(target, tokens, slots, config=CONFIG):
+    """The optimised program; `slots` of its experts are resident."""
     backend = {"h200": "gpu", "v5e": "tpu"}[target]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: backend)
-        return compile_layer(target, tokens, slots, **compiler_options(backend))
+        return compile_layer(target, tokens, slots, config, **compiler_options(backend))
 
 
 H200 = [("h200", tokens, slots) for tokens in (1, 128) for slots in (0, 4)]
@@ -178,6 +180,18 @@ def test_two_experts_are_on_their_way_at_most(target, tokens, slots):
     compiled = layer_program(target, tokens, slots)
     assert compiled.temporary_bytes < 2.1 * EXPERT_BYTES + (16 << 20) * (tokens > 1)
     assert len(kernels(compiled)) >= (3 if slots else 1)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_halves_of_experts_are_scheduled_as_experts_are(target):
+    """Three experts and a half are resident."""
+    compiled, missing = layer_program(target, 1, 7, HALVES), 16 - 7
+    (call,) = host_calls(compiled)
+    weights = tuple(f"bf16[{rows},{columns}]" for rows, columns in HALVES.expert_shapes)
+    given = [line for line in call.operands if line.type.startswith(weights)]
+    assert len(given) == 2 * missing
+    assert all(line.opcode == "parameter" and "S(5)" in line.type for line in given)
+    assert sum(bool(fetch.beside) for fetch in fetches(compiled)) == 2 * 2 * missing
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
