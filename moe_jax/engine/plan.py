@@ -34,6 +34,7 @@ class Plan:
         device does, of the "link", the "host", and the host's "memory", that being its reads at
         the full rate. What works side by side does not add up to the time of a step.
       model: one line about the model.
+      pieces: into how many pieces each expert was cut; these are what is counted, in `memory` too.
     """
 
     memory: MemoryPlan
@@ -42,6 +43,7 @@ class Plan:
     limit: str
     seconds: Mapping[str, float]
     model: str
+    pieces: int = 1
 
     def __str__(self) -> str:
         work = ", ".join(f"{part} {1e3 * spent:.3g} ms" for part, spent in self.seconds.items())
@@ -50,7 +52,7 @@ class Plan:
                 self.model,
                 str(self.memory),
                 f"placement      {self.placement}",
-                *_layer_lines(self.memory),
+                *_layer_lines(self.memory, "pieces resident" if self.pieces > 1 else "resident"),
                 f"decode         predicted {self.tokens_per_second:.1f} tokens/s for one sequence, "
                 f"limited by {self.limit}",
                 f"  per token    {work}",
@@ -97,6 +99,7 @@ def make_plan(
         limit=max(limits, key=lambda part: limits[part]),
         seconds=seconds,
         model=model,
+        pieces=moe.pieces,
     )
 
 
@@ -119,13 +122,13 @@ def _plan_token(
     return float(plan.predicted), np.array(list(busy.values()))
 
 
-def _layer_lines(memory: MemoryPlan) -> list[str]:
+def _layer_lines(memory: MemoryPlan, unit: str) -> list[str]:
     """Which layers have how many slots; layers that are alike on one line."""
     alike: dict[tuple[int, int], list[int]] = {}
     for layer, kind in enumerate(zip(memory.slots, memory.experts, strict=True)):
         alike.setdefault(kind, []).append(layer)
     return [
-        f"  {_runs(layers):<13}" + (f"{slots} of {experts} resident" if experts else "dense")
+        f"  {_runs(layers):<13}" + (f"{slots} of {experts} {unit}" if experts else "dense")
         for (slots, experts), layers in alike.items()
     ]
 

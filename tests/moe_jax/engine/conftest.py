@@ -1,15 +1,45 @@
 """An engine that loaded the tiny checkpoint, changed copies of its folder, and a routing trace."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.engine.arrays import ArrayReceiver
 from moe_jax.placement.trace import make_trace, save_trace
+
+
+def share_evenly(engine: moe_jax.Engine) -> None:
+    """Puts an engine on a machine where host and link take a second for each missing expert."""
+    model = engine._loop.runner.model
+    even = jnp.full_like(model.curves.host, 1.0)
+    curves = dataclasses.replace(
+        model.curves,
+        host=even,
+        device=even * 1e-3,
+        stream=jnp.float32(1),
+        host_beside=jnp.float32(1),
+        link_beside=jnp.float32(1),
+    )
+    engine._loop.runner.model = dataclasses.replace(model, curves=curves)
+
+
+@pytest.fixture
+def banks(monkeypatch) -> None:
+    """Resident experts lie in banks, as on other backends; the CPU can run them too."""
+    plain = ArrayReceiver.__init__
+
+    def with_bank(self, *arguments):
+        plain(self, *arguments)
+        self._use_bank = True
+
+    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """Engines whose layers are driven from Python: chosen by name, with the same results."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +11,7 @@ from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.engine.swap import violations
 from moe_jax.model.driven import DrivenProgram
+from tests.moe_jax.engine.conftest import share_evenly
 
 SIZES = {"dtype": "float32", "max_tokens": 64, "max_seqs": 2}
 TOKENS = np.random.default_rng(7).integers(1, 300, 40)
@@ -24,17 +22,7 @@ def load_half(folder, **options):
     """Half of the experts resident, on a machine where host and link share the others."""
     budget = device_memory_for(folder, experts=0.5, **SIZES)
     engine = moe_jax.load(folder, device_memory=budget, progress=False, **SIZES, **options)
-    model = engine._loop.runner.model
-    even = jnp.full_like(model.curves.host, 1.0)
-    curves = dataclasses.replace(
-        model.curves,
-        host=even,
-        device=even * 1e-3,
-        stream=jnp.float32(1),
-        host_beside=jnp.float32(1),
-        link_beside=jnp.float32(1),
-    )
-    engine._loop.runner.model = dataclasses.replace(model, curves=curves)
+    share_evenly(engine)
     return engine
 
 

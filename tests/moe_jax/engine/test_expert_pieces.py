@@ -1,7 +1,5 @@
 """Engines whose experts were cut along ffn: device and host can share one, the results stay."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,11 +7,12 @@ import pytest
 import moe_jax
 from moe_jax.checkpoint import expected_targets
 from moe_jax.config import MoEConfig
-from moe_jax.engine.arrays import ArrayReceiver, arrays_by_target
+from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.cut import cut_array, join_arrays
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.ops import gated_ffn
 from moe_jax.placement.planner import Mode
+from tests.moe_jax.engine.conftest import share_evenly
 from tests.tolerances import assert_close
 
 PIECES = {"expert_pieces": 2}
@@ -23,22 +22,11 @@ PROMPTS = [TOKENS[:9].tolist(), TOKENS[9:13].tolist()]
 
 
 def load(folder, share, **options):
-    """An engine on a machine where host and link take a second for each piece."""
+    """An engine that, unless it must do otherwise, streams every other missing piece."""
     budget = device_memory_for(folder, experts=share, **SIZES, **PIECES)
     engine = moe_jax.load(folder, device_memory=budget, **PIECES, **SIZES, **options)
-    model = engine._loop.runner.model
-    even = jnp.full_like(model.curves.host, 1.0)
-    curves = dataclasses.replace(
-        model.curves,
-        host=even,
-        device=even * 1e-3,
-        stream=jnp.float32(1),
-        memory=jnp.float32(0),
-        host_beside=jnp.float32(1),
-        link_beside=jnp.float32(1),
-    )
     if options.get("missing_experts", "auto") == "auto":
-        engine._loop.runner.model = dataclasses.replace(model, curves=curves)
+        share_evenly(engine)
     return engine
 
 
@@ -63,8 +51,10 @@ def test_whole_experts_say_the_same_but_for_rounding(engine, expected):
     assert [one.tokens for one in done] == [tokens for tokens, _ in expected[1]]
 
 
-@pytest.mark.parametrize("share", [0.5, 0.4, 0.0])
-@pytest.mark.parametrize("missing", ["auto", "stream", "host"])
+@pytest.mark.parametrize(
+    "share, missing",
+    [(0.5, "auto"), (0.4, "auto"), (0.4, "stream"), (0.4, "host"), (0.0, "auto")],
+)
 def test_it_does_not_matter_where_pieces_are(tiny, expected, share, missing):
     engine = load(tiny, share, missing_experts=missing)
     assert engine.plan.memory.resident_experts == int(16 * share)
@@ -138,15 +128,9 @@ def test_int8_pieces_have_scales_of_their_own(tiny, engine):
         np.testing.assert_allclose(piece.down_scale, abs(columns).max(axis=1) / 127, rtol=1e-6)
 
 
-def test_a_bank_holds_pieces_too(tiny, expected, engine, monkeypatch):
-    """The layout of other backends, half of an expert in its last slot."""
-    plain = ArrayReceiver.__init__
-
-    def with_bank(self, *arguments):
-        plain(self, *arguments)
-        self._use_bank = True
-
-    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
+@pytest.mark.usefixtures("banks")
+def test_a_bank_holds_pieces_too(tiny, expected, engine):
+    """Half of an expert in its last slot."""
     banked = load(tiny, 0.4)
     assert banked._loop.runner.model.layers[2].experts.resident.gate_up.shape[0] == 3
     assert_close(banked.logits(TOKENS), expected[0])
@@ -156,7 +140,8 @@ def test_a_bank_holds_pieces_too(tiny, expected, engine, monkeypatch):
 
 
 def test_the_plan_says_so(tiny):
-    assert "4 experts in 2 pieces each (top-2)" in str(load(tiny, 0.5).plan)
+    plan = str(load(tiny, 0.5).plan)
+    assert "4 experts in 2 pieces each (top-2)" in plan and "4 of 8 pieces resident" in plan
 
 
 @pytest.mark.parametrize(

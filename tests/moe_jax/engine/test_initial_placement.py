@@ -5,7 +5,7 @@ import pytest
 
 import moe_jax
 from moe_jax.engine import initial_placement
-from moe_jax.engine.arrays import ArrayReceiver, arrays_by_target
+from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.experts import ExpertBank
 from moe_jax.placement.trace import make_trace, save_trace
@@ -26,15 +26,10 @@ def residents(engine):
 
 @pytest.mark.parametrize("bank", [False, True], ids=["separate", "bank"])
 def test_the_most_used_experts_of_a_profile_start_on_the_device(
-    tiny, profile, engine, bank, monkeypatch
+    tiny, profile, engine, bank, request
 ):
-    plain = ArrayReceiver.__init__
-
-    def with_bank(self, *arguments):
-        plain(self, *arguments)
-        self._use_bank = bank
-
-    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
+    if bank:
+        request.getfixturevalue("banks")
     placed = load(tiny, profile)
     assert residents(placed) == [[1, 3], [], [2, 3]]
     assert isinstance(placed._loop.runner.model.layers[0].experts.resident, ExpertBank) == bank

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.engine.arrays import ArrayReceiver, arrays_by_target
+from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.experts import ExpertBank
 from tests.tolerances import assert_close
@@ -90,15 +90,8 @@ def test_missing_experts_forbids_the_other_way(curves):
     assert np.isfinite(curves["auto"].host).all() and np.isfinite(curves["auto"].stream)
 
 
-def test_a_bank_of_resident_experts_gives_the_same(tiny, everything_resident, engine, monkeypatch):
-    """The layout of other backends, which the CPU can run too."""
-    plain = ArrayReceiver.__init__
-
-    def with_bank(self, *arguments):
-        plain(self, *arguments)
-        self._use_bank = True
-
-    monkeypatch.setattr(ArrayReceiver, "__init__", with_bank)
+@pytest.mark.usefixtures("banks")
+def test_a_bank_of_resident_experts_gives_the_same(tiny, everything_resident, engine):
     banked = load(tiny, 0.5)
     assert isinstance(banked._loop.runner.model.layers[0].experts.resident, ExpertBank)
     assert_close(banked.logits(TOKENS[0]), everything_resident[0][0])
