@@ -25,8 +25,8 @@ def compiler_options(backend: str | None = None) -> dict[str, bool | int | str]:
     fast mathematics stays off. XLA:CPU of jax 0.12 takes a loop of such sums for a small one, which
     runs on a single thread, unless that pass is off; that of jax 0.10 removes barriers before it
     fuses operations, unless that one is off too (on the CPU backend; what a GPU's compiler would
-    make of it is not known). On a GPU, device work would otherwise be scheduled
-    before the host call, not beside it.
+    make of it is not known). On a GPU, device work would otherwise be scheduled before the host
+    call, not beside it.
     """
     backend = jax.default_backend() if backend is None else backend
     if backend == "tpu":

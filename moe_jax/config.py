@@ -81,9 +81,9 @@ class MoEConfig:
       num_experts: routed experts of a layer; of experts that were cut, their pieces.
       experts_per_token: how many of them run for a token.
       ffn: hidden width of one of them.
-      pieces: into how many experts, always chosen together, each of the model's was cut.
       shared_ffn: hidden width of the gated shared expert; None: there is no shared expert.
       normalise_gates: whether the gates of a token's chosen experts are scaled to sum to 1.
+      pieces: into how many experts, always chosen together, each of the model's was cut.
     """
 
     num_experts: int
