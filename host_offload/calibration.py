@@ -44,7 +44,7 @@ class Calibration:
     """What one unit of work, such as one expert's, costs on this machine.
 
     Attributes:
-      sizes: how many columns the work was done on; increasing.
+      sizes: how many rows the work was done on; increasing.
       host: seconds on the host CPU, its arrays being in host memory.
       device: seconds on the device, its arrays being there.
       work_bytes: bytes of those arrays.
@@ -122,11 +122,11 @@ def fit_line(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, fl
 def fit_flat_then_linear(
     sizes: Sequence[int], seconds: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Fits seconds = start + max(floor, per_column * size), with relative errors.
+    """Fits seconds = start + max(floor, per_row * size), with relative errors.
 
     Every split into sizes on the flat part and sizes on the line is tried. Returns (start, floor,
-    per_column), none negative. With the bytes and the operations of the work, floor tells the rate
-    of memory and per_column that of arithmetic. Where all is flat, start and floor cannot be told
+    per_row), none negative. With the bytes and the operations of the work, floor tells the rate
+    of memory and per_row that of arithmetic. Where all is flat, start and floor cannot be told
     apart, and start is 0; where nothing is, floor is what the first size takes on the line.
     """
     x, y = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import jaxlib.version
 from host_offload.calibration import Calibration, Curve
 from host_offload.host_compute import compiler_options
 from host_offload.memory import host_memory_bytes
+from host_offload.processor import processor_name
 from host_offload.whole_file import write_whole_file
 
 # Part of every key: raise it when the file's fields change, or what they mean.
@@ -56,7 +56,7 @@ def machine_key() -> dict[str, Any]:
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gib": round(host_memory_bytes() / 2**30),
         "backend": jax.default_backend(),
@@ -67,15 +67,6 @@ def machine_key() -> dict[str, Any]:
         "compiler_options": compiler_options(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def file_name(key: Key) -> str:

@@ -7,6 +7,7 @@ checkpoint in a process of its own, alternating with the engine.
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -24,6 +25,7 @@ from random_checkpoint import SHAPES, bytes_per_token, config_of, write_checkpoi
 import moe_jax
 from host_offload.calibrate import measure_product_rate, measure_read_rate
 from host_offload.memory import format_bytes
+from host_offload.processor import processor_name
 from moe_jax.engine.costs import calibrate
 from moe_jax.engine.sizing import device_memory_for
 
@@ -196,11 +198,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def describe_machine() -> str:
     """Processor and core count, from the operating system."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-    cores = len([line for line in lines if line.startswith("processor")])
-    return f"{model or platform.processor()}, {cores} cores, backend {jax.default_backend()}"
+    return f"{processor_name()}, {os.cpu_count()} cores, backend {jax.default_backend()}"
 
 
 def table(result: dict[str, Any]) -> str:

@@ -110,8 +110,8 @@ def dispatch_microseconds(
             routed, tally = route_layer(
                 weights, address, experts // 4, x, step, curves, tally, config, plan_layer
             )
-            # In place of the experts: something that needs every column, at next to no cost.
-            output = routed.columns.astype(jnp.float32)
+            # In place of the experts: something that needs every row, at next to no cost.
+            output = routed.rows.astype(jnp.float32)
             return mix(weights, x, output, routed, config), tally
 
         # The tally too: without it the plan would be left out as of no use.

@@ -29,7 +29,7 @@ from host_offload.memory import MemoryKind
 from moe_jax.config import ModelConfig
 from moe_jax.engine.progress import progress_bar
 from moe_jax.engine.quantize import store_in_int8
-from moe_jax.model.dispatch import Dispatch, block_widths, dispatch, num_columns
+from moe_jax.model.dispatch import Dispatch, block_widths, dispatch, num_rows
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts, run_on_host
 from moe_jax.model.int8 import Int8Expert, int8_bytes
 from moe_jax.placement.planner import Mode
@@ -46,7 +46,7 @@ _MOST_DECODED = 16
 _CHUNK = SIZES[-1]
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 5
+_PROGRAMS = 6
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -193,8 +193,8 @@ class ExpertTiming:
         """Times one expert with `size` tokens."""
         tokens = _CHUNK if size > _MOST_DECODED else size * self.group
         experts = min(self.group, tokens // size)
-        columns = num_columns(tokens, 1, self.group, self._widths(size))
-        (x,) = random_arrays([(self.shapes[1][0], columns)], self.dtype, "device")
+        rows = num_rows(tokens, 1, self.group, self._widths(size))
+        (x,) = random_arrays([(rows, self.shapes[1][0])], self.dtype, "device")
         idle = self._dispatch(tokens, size, 0, 0)
         busy = [self._dispatch(tokens, size, first, experts) for first in range(self.group)]
         run = lambda i, where: program(groups[i % len(groups)], x, where)
@@ -221,22 +221,22 @@ class ExpertTiming:
     def _run_resident(
         self,
         experts: tuple[Expert, ...] | ExpertBank,
-        columns: Float[Array, "embed columns"],
+        rows: Float[Array, "rows embed"],
         where: Dispatch,
-    ) -> Float[Array, "embed columns"]:
+    ) -> Float[Array, "rows embed"]:
         address = jnp.arange(self.group, dtype=jnp.int32)
         mode = jnp.full(self.group, Mode.RESIDENT.value, jnp.int32)
         layer = LayerExperts(experts, (), address)
-        return run_experts(layer, columns, where, mode, self.activation)
+        return run_experts(layer, rows, where, mode, self.activation)
 
     def _run_on_host(
         self,
         experts: tuple[Expert | Int8Expert, ...],
-        columns: Float[Array, "embed columns"],
+        rows: Float[Array, "rows embed"],
         where: Dispatch,
-    ) -> Float[Array, "embed columns"]:
+    ) -> Float[Array, "rows embed"]:
         mode = jnp.full(self.group, Mode.HOST.value, jnp.int32)
-        return run_on_host(experts, columns, where, mode, 0, self.activation)
+        return run_on_host(experts, rows, where, mode, 0, self.activation)
 
 
 def _read_rate() -> float:

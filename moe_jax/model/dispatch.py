@@ -1,4 +1,4 @@
-"""Brings tokens into expert order, as columns in blocks that each belong to one expert, and back.
+"""Brings tokens into expert order, in blocks of rows that each belong to one expert, and back.
 
 A block has one of a few static widths, so every expert's share is computed by the same few small
 programs, run as often as the counts ask for: as many blocks of the largest width as it fills, and
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.model.ops import as_bits, from_bits
+
 
 @no_type_check  # jax rebuilds it with other leaves in the fields
 @jax.tree_util.register_dataclass
@@ -22,15 +24,14 @@ class Dispatch:
 
     Attributes:
       counts: tokens of each expert.
-      used: columns of each expert's blocks, which follow one another.
+      used: rows of each expert's blocks, which follow one another.
       first_block: each expert's first block; its blocks follow one another.
       block_expert: the expert of each block; past the last used block it is `experts`.
-      block_start: the first column of each block.
+      block_start: the first row of each block.
       block_width: the width of each block, as an index into `widths`.
-      source: the token in each column; `tokens`, one past the end, in empty columns.
-      position: the column of each token's choices; one past the end for padding tokens.
-      widths: how many columns a block may have, rising; there is room behind the last block for
-        one of the largest width.
+      source: the token in each row; `tokens`, one past the end, in empty rows.
+      position: the row of each token's choices; one past the end for padding tokens.
+      widths: how many rows a block may have, rising.
     """
 
     counts: Int[Array, " experts"]
@@ -39,7 +40,7 @@ class Dispatch:
     block_expert: Int[Array, " blocks"]
     block_start: Int[Array, " blocks"]
     block_width: Int[Array, " blocks"]
-    source: Int[Array, " columns"]
+    source: Int[Array, " rows"]
     position: Int[Array, "tokens choices"]
     widths: tuple[int, ...] = field(metadata={"static": True})
 
@@ -47,9 +48,9 @@ class Dispatch:
 def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     """The widths of blocks in a step of this many tokens; rising.
 
-    On XLA:CPU up to six columns are multiplied in a way of their own, four of them in the time that
+    On XLA:CPU up to six tokens are multiplied in a way of their own, four of them in the time that
     reading the weight takes; seven to fifteen take no less than sixteen, and from a few hundred on
-    a column costs no less in a wider block. Each width of each expert is compiled, so short steps
+    a token costs no less in a wider block. Each width of each expert is compiled, so short steps
     and layers of many experts make do with few.
     """
     if tokens <= 8:
@@ -76,11 +77,11 @@ def num_blocks(tokens: int, choices: int, experts: int, widths: tuple[int, ...])
     return min(pairs, pairs // widths[-1] + min(experts, pairs))
 
 
-def num_columns(tokens: int, choices: int, experts: int, widths: tuple[int, ...]) -> int:
-    """The most columns that the blocks of any routing can have, and room for one block more."""
+def num_rows(tokens: int, choices: int, experts: int, widths: tuple[int, ...]) -> int:
+    """The most rows that the blocks of any routing can have."""
     pairs = tokens * choices
     unused = int(np.diff([0, *widths]).max()) - 1
-    return pairs + min(experts, pairs) * unused + widths[-1]
+    return pairs + min(experts, pairs) * unused
 
 
 def dispatch(
@@ -89,13 +90,13 @@ def dispatch(
     num_experts: int,
     widths: tuple[int, ...],
 ) -> Dispatch:
-    """Assigns every (valid token, choice) pair a column in a block of its expert.
+    """Assigns every (valid token, choice) pair a row in a block of its expert.
 
     Token order is kept inside an expert, so results do not depend on how a batch was put together.
     """
     tokens, choices = experts.shape
     blocks = num_blocks(tokens, choices, num_experts, widths)
-    columns = num_columns(tokens, choices, num_experts, widths)
+    rows = num_rows(tokens, choices, num_experts, widths)
     pairs, largest = tokens * choices, widths[-1]
     flat = jnp.where(valid[:, None], experts, num_experts).reshape(pairs)
     order = jnp.argsort(flat, stable=True)
@@ -106,16 +107,16 @@ def dispatch(
     used_blocks = full + (rest > 0).astype(jnp.int32)
     used = full * largest + jnp.where(rest > 0, width_of[last_width], 0)
     last_block = jnp.cumsum(used_blocks)
-    first_block, first_column = last_block - used_blocks, jnp.cumsum(used) - used
-    # Rank of a pair inside its expert, then its column: the expert's first one plus that rank.
+    first_block, first_row = last_block - used_blocks, jnp.cumsum(used) - used
+    # Rank of a pair inside its expert, then its row: the expert's first one plus that rank.
     sorted_expert = flat[order]
     start = jnp.append(jnp.cumsum(counts) - counts, jnp.int32(0))[sorted_expert]
-    first = jnp.append(first_column, jnp.int32(columns))[sorted_expert]
+    first = jnp.append(first_row, jnp.int32(rows))[sorted_expert]
     rank = jnp.arange(pairs, dtype=jnp.int32) - start
-    column = jnp.where(sorted_expert < num_experts, first + rank, columns)
+    row = jnp.where(sorted_expert < num_experts, first + rank, rows)
     token = (order // choices).astype(jnp.int32)
-    source = jnp.full(columns, tokens, jnp.int32).at[column].set(token, mode="drop")
-    position = jnp.zeros(pairs, jnp.int32).at[order].set(column)
+    source = jnp.full(rows, tokens, jnp.int32).at[row].set(token, mode="drop")
+    position = jnp.zeros(pairs, jnp.int32).at[order].set(row)
     block = jnp.arange(blocks, dtype=jnp.int32)
     block_expert = (last_block[None, :] <= block[:, None]).sum(axis=1).astype(jnp.int32)
     owner = jnp.minimum(block_expert, num_experts - 1)
@@ -125,7 +126,7 @@ def dispatch(
         used=used,
         first_block=first_block,
         block_expert=block_expert,
-        block_start=first_column[owner] + rank * largest,
+        block_start=first_row[owner] + rank * largest,
         block_width=jnp.where(rank < full[owner], len(widths) - 1, last_width[owner]),
         source=source,
         position=position.reshape(tokens, choices),
@@ -133,20 +134,17 @@ def dispatch(
     )
 
 
-def gather_columns(
-    x: Float[Array, "tokens embed"], where: Dispatch
-) -> Float[Array, "embed columns"]:
-    """Copies tokens into expert order, one per column; empty columns are 0."""
-    return x.at[where.source].get(mode="fill", fill_value=0).T
+def gather_rows(x: Float[Array, "tokens embed"], where: Dispatch) -> Float[Array, "rows embed"]:
+    """Copies tokens into expert order; empty rows are 0."""
+    return from_bits(as_bits(x).at[where.source].get(mode="fill", fill_value=0), x.dtype)
 
 
 def combine(
-    columns: Float[Array, "embed columns"],
+    rows: Float[Array, "rows embed"],
     gates: Float[Array, "tokens choices"],
     where: Dispatch,
 ) -> Float[Array, "tokens embed"]:
     """Sums each token's expert outputs, weighted by its gates, in choice order; float32."""
-    rows = columns.T
     total = jnp.zeros((gates.shape[0], rows.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
         chosen = rows.at[where.position[:, choice]].get(mode="fill", fill_value=0)

@@ -18,7 +18,7 @@ over that the next layer will probably want (`moe_jax.model.prefetch`).
 On a GPU this has not run. What is known: a `switch` on a traced index blocks the launching thread
 until the device has drained, and here there is none; a transfer that Python starts is a DMA copy;
 the CPU client works asynchronously and has no limit on pinned memory. What is to be measured: how
-long the modes take to arrive, which is one round trip per layer; whether moving columns to the CPU
+long the modes take to arrive, which is one round trip per layer; whether moving rows to the CPU
 client and its output back blocks Python (the output is waited for last); and how fast a transfer
 from the CPU client's memory is, which the driver has not pinned and may have to stage.
 """
@@ -104,17 +104,17 @@ class DrivenProgram:
                 wanted = jnp.where(routed.link_has_time, guess, wanted)
             return x, kv, tally, routed, jnp.append(routed.mode, wanted)
 
-        def run_host(host, columns, where, mode, slots):
+        def run_host(host, rows, where, mode, slots):
             traces["host", where.position.shape[0], slots, window] += 1
-            return run_on_host(host, columns, where, mode, slots, config.activation)
+            return run_on_host(host, rows, where, mode, slots, config.activation)
 
-        def run_device(resident, columns, where, slots):
+        def run_device(resident, rows, where, slots):
             traces["device", where.position.shape[0], slots, window] += 1
-            return run_resident(resident, columns, where, config.activation)
+            return run_resident(resident, rows, where, config.activation)
 
-        def run_stream(expert, address, columns, where, output):
+        def run_stream(expert, address, rows, where, output):
             traces["stream", where.position.shape[0], window] += 1
-            return run_arrived(expert, address, columns, where, output, config.activation)
+            return run_arrived(expert, address, rows, where, output, config.activation)
 
         def run_mix(parameters, x, output, hosted, routed):
             traces["mix", x.shape[0], hosted is not None, window] += 1
@@ -181,13 +181,13 @@ class DrivenProgram:
             brought.append(to_device(to_bring.pop(0)))
         hosted = None
         if (mode == Mode.HOST).any():
-            given = routed.columns, routed.where
-            columns, where = jax.device_put(given, sharding("device", self._host_device))
-            hosted = self._run_host(experts.host, columns, where, mode[slots:], slots=slots)
-        output = self._run_device(experts.resident, routed.columns, routed.where, slots=slots)
+            given = routed.rows, routed.where
+            rows, where = jax.device_put(given, sharding("device", self._host_device))
+            hosted = self._run_host(experts.host, rows, where, mode[slots:], slots=slots)
+        output = self._run_device(experts.resident, routed.rows, routed.where, slots=slots)
         for address in to_run:
             output = self._run_stream(
-                brought.pop(0), np.int32(address), routed.columns, routed.where, output
+                brought.pop(0), np.int32(address), routed.rows, routed.where, output
             )
             if to_bring:
                 output.block_until_ready()  # the memory of what ran is free now

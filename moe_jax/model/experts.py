@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from host_offload.host_compute import as_host, on_host
 from moe_jax.config import Activation
-from moe_jax.model.blocks import run_blocks
+from moe_jax.model.blocks import order_by_width, run_blocks
 from moe_jax.model.dispatch import Dispatch
 from moe_jax.model.int8 import Int8Expert, gated_ffn_int8
 from moe_jax.model.ops import activate, gated_ffn
@@ -67,34 +67,34 @@ class LayerExperts:
 
 def run_experts(
     experts: LayerExperts,
-    columns: Float[Array, "embed columns"],
+    rows: Float[Array, "rows embed"],
     where: Dispatch,
     mode: Int[Array, " experts"],
     activation: Activation,
     streams: bool = True,
-) -> Float[Array, "embed columns"]:
-    """Computes every column by its expert, in the way `mode` (by address) says; float32.
+) -> Float[Array, "rows embed"]:
+    """Computes every row by its expert, in the way `mode` (by address) says; float32.
 
     `where` is in addresses. Columns that no expert owns are 0. Without `streams` no mode is STREAM,
     and nothing is compiled for it: its memory alone would slow a short step on the CPU backend.
     """
-    output = run_resident(experts.resident, columns, where, activation)
+    output = run_resident(experts.resident, rows, where, activation)
     if not experts.host:
         return output
     ffn, slots = functools.partial(_apply, activation), experts.slots
     missing_mode = mode[slots:]
-    hosted = run_on_host(experts.host, columns, where, missing_mode, slots, activation)
+    hosted = run_on_host(experts.host, rows, where, missing_mode, slots, activation)
     if streams:
         streamed, count = _selected(missing_mode == Mode.STREAM)
-        output = run_streamed(ffn, experts.host, columns, where, streamed, count, slots, output)
+        output = run_streamed(ffn, experts.host, rows, where, streamed, count, slots, output)
     # The barrier keeps the device work out of the addition, where it would wait for the host.
     return lax.optimization_barrier(output) + hosted
 
 
-def _apply(activation: Activation, expert: Expert | Int8Expert, columns: Array) -> Array:
+def _apply(activation: Activation, expert: Expert | Int8Expert, rows: Array) -> Array:
     if isinstance(expert, Int8Expert):
-        return gated_ffn_int8(expert, columns, activation)
-    return gated_ffn(expert.gate_up, expert.down, columns, activation)
+        return gated_ffn_int8(expert, rows, activation)
+    return gated_ffn(expert.gate_up, expert.down, rows, activation)
 
 
 def _selected(chosen: Array) -> tuple[Array, Array]:
@@ -105,71 +105,70 @@ def _selected(chosen: Array) -> tuple[Array, Array]:
 
 def run_resident(
     resident: Resident,
-    columns: Float[Array, "embed columns"],
+    rows: Float[Array, "rows embed"],
     where: Dispatch,
     activation: Activation,
-) -> Float[Array, "embed columns"]:
-    """Runs the resident experts, whose columns come first; float32. Other columns are 0."""
+) -> Float[Array, "rows embed"]:
+    """Runs the resident experts, whose rows come first; float32. Other rows are 0."""
     if isinstance(resident, ExpertBank):
-        return _run_bank(resident, columns, where, activation)
+        return _run_bank(resident, rows, where, activation)
     # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
-    output = jnp.zeros(columns.shape, jnp.float32)
+    output = jnp.zeros(rows.shape, jnp.float32)
     if not resident:
         return output
     ffn = functools.partial(_apply, activation)
-    used = (where.block_expert < len(resident)).sum(dtype=jnp.int32)
-    every = jnp.arange(where.block_expert.shape[0], dtype=jnp.int32)
-    return run_blocks(ffn, resident, columns, where, 0, every, 0, used, output)
+    order = order_by_width(where, where.block_expert < len(resident))
+    return run_blocks(ffn, resident, rows, where, 0, order, output)
 
 
 def run_arrived(
     expert: Expert | Int8Expert,
     address: Int[Array, ""],
-    columns: Float[Array, "embed columns"],
+    rows: Float[Array, "rows embed"],
     where: Dispatch,
-    output: Float[Array, "embed columns"],
+    output: Float[Array, "rows embed"],
     activation: Activation,
-) -> Float[Array, "embed columns"]:
+) -> Float[Array, "rows embed"]:
     """Adds the results of one expert whose weights have been brought over for this call."""
     ffn = functools.partial(_apply, activation)
-    return run_expert(ffn, expert, address, columns, where, output)
+    return run_expert(ffn, expert, address, rows, where, output)
 
 
-def _run_bank(bank, columns, where, activation):
-    """Runs the resident experts, whose columns come first, as grouped products over the bank."""
+def _run_bank(bank, rows, where, activation):
+    """Runs the resident experts, whose rows come first, as grouped products over the bank."""
     slots = bank.gate_up.shape[0]
-    used, rows = where.used[:slots], columns.T
+    used = where.used[:slots]
     if activation == "silu":
         hidden = grouped_matmul(rows, bank.gate_up, used, gated=True)
     else:
         gate, up = jnp.split(grouped_matmul(rows, bank.gate_up, used), 2, axis=1)
         hidden = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     down = grouped_matmul(hidden.astype(rows.dtype), bank.down, used)
-    return down.T.astype(jnp.float32)
+    return down.astype(jnp.float32)
 
 
 def run_on_host(
     host: tuple[Expert | Int8Expert, ...],
-    columns: Float[Array, "embed columns"],
+    rows: Float[Array, "rows embed"],
     where: Dispatch,
     mode: Int[Array, " missing"],
     slots: int,
     activation: Activation,
-) -> Float[Array, "embed columns"]:
+) -> Float[Array, "rows embed"]:
     """Runs the experts in mode HOST, all in one host computation; float32.
 
-    `where` is in addresses; `host` and `mode` begin at address `slots`. Other columns are 0.
+    `where` is in addresses; `host` and `mode` begin at address `slots`. Other rows are 0.
     """
     ffn = functools.partial(_apply, activation)
     block_mode = mode.at[where.block_expert - slots].get(
         mode="fill", fill_value=Mode.IDLE, wrap_negative_indices=False
     )
-    chosen, count = _selected(block_mode == Mode.HOST)
+    order = order_by_width(where, block_mode == Mode.HOST)
 
-    def body(host, columns, where, chosen, count):
-        columns = as_host(columns)
+    def body(host, rows, where, order):
+        rows = as_host(rows)
         # Not zeros: an array made from nothing would be device-typed.
-        output = columns.astype(jnp.float32) * 0
-        return run_blocks(ffn, host, columns, where, slots, chosen, 0, count, output)
+        output = rows.astype(jnp.float32) * 0
+        return run_blocks(ffn, host, rows, where, slots, order, output)
 
-    return on_host(body, host, columns, where, chosen, count)
+    return on_host(body, host, rows, where, order)

@@ -4,6 +4,7 @@ Knows arrays only, not where they live. Half the bytes of bfloat16, at the price
 and activations to 8 bits. The sums being exact, results do not depend on how a product is computed.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,8 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
+from host_offload.processor import has_matrix_units
 from moe_jax.config import Activation
-from moe_jax.model.ops import FEW_COLUMNS, activate, runs_on_cpu, sum_products
+from moe_jax.model.ops import (
+    activate,
+    most_summed,
+    runs_on_cpu,
+    sum_products,
+    tokens_come_first,
+)
 
 
 class Int8Expert(NamedTuple):
@@ -31,48 +39,45 @@ def int8_bytes(shapes: tuple[tuple[int, int], tuple[int, int]]) -> int:
 
 
 def quantize_rows(
-    weight: Float[Array, "out in"],
-) -> tuple[Int8[Array, "out in"], Float[Array, " out"]]:
+    x: Float[Array, "rows features"],
+) -> tuple[Int8[Array, "rows features"], Float[Array, " rows"]]:
     """The nearest whole numbers of -127 .. 127 times a float32 scale per row."""
-    columns, scale = quantize_columns(weight.T)
-    return columns.T, scale
-
-
-def quantize_columns(
-    x: Float[Array, "in tokens"],
-) -> tuple[Int8[Array, "in tokens"], Float[Array, " tokens"]]:
-    """The nearest whole numbers of -127 .. 127 times a float32 scale per column."""
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=0) / 127
-    # A column of zeros has the scale 0; without the smallest normal number it would become NaN.
-    unit = wide / jnp.maximum(scale, 1.2e-38)[None, :]
+    scale = jnp.max(jnp.abs(wide), axis=1) / 127
+    # A row of zeros has the scale 0; without the smallest normal number it would become NaN.
+    unit = wide / jnp.maximum(scale, 1.2e-38)[:, None]
     return jnp.round(unit).astype(jnp.int8), scale
 
 
 def multiply_int8(
-    weight: Int8[Array, "out in"], columns: Int8[Array, "in tokens"]
-) -> Int32[Array, "out tokens"]:
-    """Returns weight · columns, exactly. No sum may exceed int32: at most 133,000 inputs."""
-    if columns.shape[1] <= FEW_COLUMNS and runs_on_cpu(weight):
-        return sum_products(weight, columns, jnp.int32, groups=4)
-    return lax.dot_general(
-        weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    weight: Int8[Array, "out in"], x: Int8[Array, "tokens in"]
+) -> Int32[Array, "tokens out"]:
+    """Returns x · weightᵀ, exactly. No sum may exceed int32: at most 133,000 inputs."""
+    if x.shape[0] <= most_summed() and runs_on_cpu(weight):
+        return sum_products(weight, x.T, jnp.int32, groups=8 if has_matrix_units() else 4).T
+    dot = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
     )
+    if tokens_come_first(weight, x.shape[0]):
+        return dot(x, weight)
+    return lax.optimization_barrier(dot(weight, x)).T
 
 
 def gated_ffn_int8(
-    expert: Int8Expert, columns: Float[Array, "embed tokens"], activation: Activation
-) -> Float[Array, "embed tokens"]:
+    expert: Int8Expert, x: Float[Array, "tokens embed"], activation: Activation
+) -> Float[Array, "tokens embed"]:
     """`ops.gated_ffn` with 8-bit weights, activations and hidden values; float32."""
-    gate_up = _multiply(expert.gate_up, expert.gate_up_scale, columns)
-    gate, up = jnp.split(gate_up, 2, axis=0)
+    gate_up = _multiply(expert.gate_up, expert.gate_up_scale, x)
+    gate, up = jnp.split(gate_up, 2, axis=1)
     return _multiply(expert.down, expert.down_scale, activate(activation)(gate) * up)
 
 
-def _multiply(weight: jax.Array, weight_scale: jax.Array, columns: jax.Array) -> jax.Array:
-    whole, scale = quantize_columns(columns)
+def _multiply(weight: jax.Array, weight_scale: jax.Array, x: jax.Array) -> jax.Array:
+    whole, scale = quantize_rows(x)
     # XLA:CPU would round again for every few rows of the weight, inside the loop over its inputs;
     # with the options for a GPU, jax 0.10 still does.
     whole = lax.optimization_barrier(whole)
     product = multiply_int8(weight, whole).astype(jnp.float32)
-    return product * weight_scale[:, None] * scale[None, :]
+    return product * scale[:, None] * weight_scale[None, :]

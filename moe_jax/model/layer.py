@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.cache.paged_kv import LayerKv, write_kv
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import project_output, project_qkv
-from moe_jax.model.dispatch import Dispatch, block_widths, combine, dispatch, gather_columns
+from moe_jax.model.dispatch import Dispatch, block_widths, combine, dispatch, gather_rows
 from moe_jax.model.experts import LayerExperts, run_experts
-from moe_jax.model.ops import gated_ffn_rows, linear, rms_norm
+from moe_jax.model.ops import gated_ffn, linear, rms_norm
 from moe_jax.model.prefetch import link_has_time
 from moe_jax.model.router import route_to_pieces
 from moe_jax.model.step import StepState
@@ -33,7 +33,7 @@ class Routed:
       normed: the tokens as router and experts see them.
       gates: what each choice's output is weighted by.
       where: the dispatch, in addresses.
-      columns: the tokens in expert order.
+      rows: the tokens in expert order.
       mode: int32, a `Mode` per address.
       link_has_time: whether one expert more could come over while the layer runs.
     """
@@ -41,7 +41,7 @@ class Routed:
     normed: Float[Array, "tokens embed"]
     gates: Float[Array, "tokens choices"]
     where: Dispatch
-    columns: Float[Array, "embed columns"]
+    rows: Float[Array, "rows embed"]
     mode: Int[Array, " experts"]
     link_has_time: Bool[Array, ""]
 
@@ -72,8 +72,8 @@ def run_layer(
     if weights.ffn is not None:
         with jax.named_scope("dense_ffn"):
             ffn = weights.ffn
-            y = gated_ffn_rows(ffn.gate_up[...], ffn.down[...], normed, config.activation)
-            return x + y, kv, tally.after_dense_layer()
+            y = gated_ffn(ffn.gate_up[...], ffn.down[...], normed, config.activation)
+            return x + y.astype(x.dtype), kv, tally.after_dense_layer()
     assert experts is not None, "a layer with a router was given no experts"
     with jax.named_scope("experts"):
         routed, tally = route_layer(
@@ -89,7 +89,7 @@ def run_layer(
             streams=streams,
         )
         output = run_experts(
-            experts, routed.columns, routed.where, routed.mode, config.activation, streams
+            experts, routed.rows, routed.where, routed.mode, config.activation, streams
         )
         return mix(weights, x, output, routed, config), kv, tally
 
@@ -158,10 +158,10 @@ def route_layer(
     by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(by_expert)
     plan = replace(plan, mode=mode[address])
     tally = tally.after_experts(plan, where.counts[address], by_expert)
-    columns = gather_columns(x, where)
+    rows = gather_rows(x, where)
     has_time = link_has_time(plan.predicted, (mode == Mode.STREAM).sum(), curves)
     routed = Routed(
-        normed=x, gates=gates, where=where, columns=columns, mode=mode, link_has_time=has_time
+        normed=x, gates=gates, where=where, rows=rows, mode=mode, link_has_time=has_time
     )
     return routed, tally
 
@@ -169,7 +169,7 @@ def route_layer(
 def mix(
     weights: LayerWeights,
     x: Float[Array, "tokens embed"],
-    output: Float[Array, "embed columns"],
+    output: Float[Array, "rows embed"],
     routed: Routed,
     config: ModelConfig,
 ) -> Float[Array, "tokens embed"]:
@@ -184,5 +184,5 @@ def shared_expert(
     weights: SharedExpertWeights, x: Float[Array, "tokens embed"], config: ModelConfig
 ) -> Float[Array, "tokens embed"]:
     """The expert of every token, scaled by the sigmoid of its gate."""
-    y = gated_ffn_rows(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
-    return jax.nn.sigmoid(linear(weights.gate[...], x)) * y
+    y = gated_ffn(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
+    return jax.nn.sigmoid(linear(weights.gate[...], x)) * y.astype(x.dtype)

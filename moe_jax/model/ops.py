@@ -11,8 +11,9 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt
 
+from host_offload.processor import has_matrix_units
 from moe_jax.config import Activation
 
 
@@ -21,17 +22,34 @@ def multiply_columns(
 ) -> Float[Array, "out tokens"]:
     """Returns weight · columns, accumulated and returned in float32.
 
-    The weight comes first and the tokens are columns because XLA:CPU then reads a bfloat16 weight
-    without a copy in float32. For the few columns of a decode step there is a faster form.
+    The weight comes first because XLA:CPU then reads a bfloat16 weight without a copy in float32.
+    For the few columns of a decode step there is a faster form.
     """
-    few = columns.shape[1] <= FEW_COLUMNS and weight.dtype == jnp.bfloat16
-    if few and runs_on_cpu(weight):
-        # Long columns leave the nearest cache, and the more groups, the less often they are read.
-        groups = 2 if weight.shape[1] <= 2048 else 4
-        return sum_products(weight, columns, jnp.float32, groups)
-    return lax.dot_general(
-        weight, columns, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    if _are_few(columns.shape[1], weight):
+        return sum_products(weight, columns, jnp.float32, row_groups(weight))
+    return _dot(weight, columns, 0)
+
+
+def multiply_rows(
+    weight: Float[Array, "out in"], rows: Float[Array, "tokens in"]
+) -> Float[Array, "out tokens"]:
+    """Returns weight · rowsᵀ: `multiply_columns` of one token per row."""
+    if _are_few(rows.shape[0], weight):
+        return multiply_columns(weight, rows.T)
+    # Where XLA:CPU folds a transpose into a product it converts the weight to float32.
+    if runs_on_cpu(weight) and not has_matrix_units():
+        return multiply_columns(weight, lax.optimization_barrier(rows.T))
+    return _dot(weight, rows, 1)
+
+
+def _are_few(tokens: int, weight: Array) -> bool:
+    return tokens <= most_summed() and weight.dtype == jnp.bfloat16 and runs_on_cpu(weight)
+
+
+def _dot(left: Array, right: Array, axis: int) -> Array:
+    """Sums over the last axis of left and this axis of right, in float32."""
+    dimensions = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
 def runs_on_cpu(weight: Array) -> bool:
@@ -40,8 +58,27 @@ def runs_on_cpu(weight: Array) -> bool:
     return in_host_memory or jax.default_backend() == "cpu"
 
 
-# From seven columns on the matrix kernel of XLA:CPU is faster.
-FEW_COLUMNS = 6
+# Steps of more tokens are no decode steps of a few sequences.
+FEW_TOKENS = 6
+
+
+def most_summed() -> int:
+    """Up to how many tokens XLA:CPU multiplies fastest as `sum_products` and not as a dot.
+
+    Matrix units take a dot of two columns at the speed at which its weight is read.
+    """
+    return 1 if has_matrix_units() else FEW_TOKENS
+
+
+def row_groups(weight: Shaped[Array, "out in"]) -> int:
+    """How many rows of a weight of 16 bits `sum_products` reads side by side.
+
+    A core that is slow to wait for memory needs many. Long columns leave the nearest cache, and the
+    more groups, the less often they are read.
+    """
+    if has_matrix_units():
+        return 8
+    return 2 if weight.shape[1] <= 2048 else 4
 
 
 def sum_products(
@@ -77,6 +114,19 @@ def sum_products(
     return jnp.stack(sums).reshape(count, rows).T
 
 
+def as_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
+    """The same bits as whole numbers, to be moved about.
+
+    XLA:CPU of jax 0.10 slices, pads and gathers bfloat16 by converting all of it to float32.
+    """
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def from_bits(bits: UInt[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """Undoes `as_bits`."""
+    return lax.bitcast_convert_type(bits, dtype)
+
+
 def linear(
     weight: Float[Array, "out in"],
     x: Float[Array, "tokens in"],
@@ -84,12 +134,11 @@ def linear(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
-    if runs_on_cpu(weight) and x.shape[0] <= FEW_COLUMNS:
+    if runs_on_cpu(weight) and x.shape[0] <= FEW_TOKENS:
         # XLA:CPU would fold the outer transpose into the product and refuse its element types.
-        # With more tokens it would fold this one too, and convert the weight to float32.
-        y = lax.optimization_barrier(multiply_columns(weight, x.T)).T
+        y = lax.optimization_barrier(multiply_rows(weight, x)).T
     else:
-        y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        y = _dot(x, weight, 1)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None]
     return y.astype(dtype or x.dtype)
@@ -120,28 +169,32 @@ def activate(name: Activation) -> Callable[[Array], Array]:
             assert_never(name)
 
 
-def gated_ffn(
-    gate_up: Float[Array, "two_ffn embed"],
-    down: Float[Array, "embed ffn"],
-    columns: Float[Array, "embed tokens"],
-    activation: Activation,
-) -> Float[Array, "embed tokens"]:
-    """Returns down · (activation(gate · x) * (up · x)) per column, in float32.
+def tokens_come_first(weight: Shaped[Array, "out in"], tokens: int) -> bool:
+    """Whether x · weightᵀ is faster than weight · xᵀ for this many tokens, beyond a decode step.
 
-    The hidden values have the dtype of the columns.
+    XLA:CPU lays the right operand out anew. That pays for a weight from a hundred tokens on, if the
+    processor's matrix units are fast enough to wait for memory otherwise.
     """
-    gate, up = jnp.split(multiply_columns(gate_up, columns), 2, axis=0)
-    hidden = (activate(activation)(gate) * up).astype(columns.dtype)
-    return multiply_columns(down, hidden)
+    return not runs_on_cpu(weight) or (has_matrix_units() and tokens >= 128)
 
 
-def gated_ffn_rows(
+def gated_ffn(
     gate_up: Float[Array, "two_ffn embed"],
     down: Float[Array, "embed ffn"],
     x: Float[Array, "tokens embed"],
     activation: Activation,
 ) -> Float[Array, "tokens embed"]:
-    """`gated_ffn` for one token per row, in the dtype of x."""
-    gate, up = jnp.split(linear(gate_up, x, dtype=jnp.float32), 2, axis=1)
-    hidden = (activate(activation)(gate) * up).astype(x.dtype)
-    return linear(down, hidden)
+    """Returns down · (activation(gate · x) * (up · x)) per token, in float32.
+
+    The hidden values have the dtype of x.
+    """
+
+    def hidden(gate: Array, up: Array) -> Array:
+        return (activate(activation)(gate) * up).astype(x.dtype)
+
+    if tokens_come_first(gate_up, x.shape[0]):
+        gate, up = jnp.split(linear(gate_up, x, dtype=jnp.float32), 2, axis=1)
+        return linear(down, hidden(gate, up), dtype=jnp.float32)
+    gate, up = jnp.split(multiply_rows(gate_up, x), 2, axis=0)
+    # As in `linear`: the transpose must not be folded into the product.
+    return lax.optimization_barrier(multiply_columns(down, hidden(gate, up))).T

@@ -193,9 +193,9 @@ def _attend(
     row_position = jnp.where(real, position, -1)
 
     def step(
-        pages: int, begin: Array, block: Array, carry: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        running, total, weighted = carry
+        pages: int, begin: Array, block: Array, carry: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        running, weighted = carry
         size = pages * page_size
         first = begin + block * pages
         page = first[:, None] + jnp.arange(pages)[None, :]
@@ -209,7 +209,9 @@ def _attend(
             (cache.key_pages, cache.value_pages, table)
         )
         keys = _read(key_pages, table, live, query.dtype)
+        # A 1 behind each value: the same product sums the weights.
         values = _read(value_pages, table, live, query.dtype)
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
 
         seen = live[:, None, :] & (key_position[:, None, :] <= row_position[:, :, None])
         if cache.sliding_window is not None:
@@ -222,31 +224,30 @@ def _attend(
         scores = scores.reshape(seqs, kv_heads, rows, size)
 
         highest = jnp.maximum(running, scores.max(axis=-1))
-        weights = jnp.exp(scores - highest[..., None])
+        weights = jnp.exp(scores - highest[..., None]).astype(values.dtype)
         rescale = jnp.exp(running - highest)
-        new = _batched_dot(weights.astype(values.dtype), values, 2)
-        total = total * rescale + weights.sum(axis=-1)
-        return highest, total, weighted * rescale[..., None] + new
+        new = _batched_dot(weights, values, 2)
+        return highest, weighted * rescale[..., None] + new
 
     if sinks is None:
         running = jnp.full((seqs, kv_heads, rows), _LOWEST)
-        total = jnp.zeros((seqs, kv_heads, rows))
+        weighted = jnp.zeros((seqs, kv_heads, rows, head_dim + 1))
     else:
         # A sink is a score whose value is 0: it starts the maximum and the sum.
         sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1)
         sink = jnp.broadcast_to(sink, (seqs, kv_heads, group, queries))
         running = sink.reshape(seqs, kv_heads, rows)
-        total = jnp.ones((seqs, kv_heads, rows))
-    weighted = jnp.zeros((seqs, kv_heads, rows, head_dim))
-    carry = running, total, weighted
+        weighted = jnp.zeros((seqs, kv_heads, rows, head_dim + 1)).at[..., head_dim].set(1)
+    carry = running, weighted
     for pages in dict.fromkeys(pages_per_block):
         # All blocks of the last size, and as many of a larger one as are full.
         blocks = -(-left // pages) if pages == last else left // pages
         carry = jax.lax.fori_loop(0, blocks, functools.partial(step, pages, first_page), carry)
         first_page, left = first_page + blocks * pages, left - blocks * pages
-    running, total, weighted = carry
+    running, weighted = carry
 
-    attended = weighted / total[..., None]
+    total = weighted[..., head_dim]
+    attended = weighted[..., :head_dim] / total[..., None]
     by_token = attended.reshape(seqs, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
     log_sum_exp = (running + jnp.log(total)).reshape(seqs, kv_heads, group, queries)
     log_sum_exp = log_sum_exp.transpose(0, 3, 1, 2).reshape(seqs, queries, heads)

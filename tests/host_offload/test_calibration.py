@@ -84,8 +84,8 @@ def test_what_made_the_times_is_recovered(start, bandwidth, arithmetic, noise):
     seconds = start + np.maximum(2 * parameters / bandwidth, 2 * parameters * n / arithmetic)
     seconds *= 1 + noise * np.random.default_rng(0).uniform(-1, 1, n.shape)
     curve = curve_of(SIZES, {int(size): exactly(s) for size, s in zip(n, seconds, strict=True)})
-    fitted, floor, per_column = fit_flat_then_linear(SIZES, curve.seconds)
-    assert 2 * parameters / per_column == pytest.approx(arithmetic, rel=0.05)
+    fitted, floor, per_row = fit_flat_then_linear(SIZES, curve.seconds)
+    assert 2 * parameters / per_row == pytest.approx(arithmetic, rel=0.05)
     assert fitted + floor == pytest.approx(start + 2 * parameters / bandwidth, rel=0.05)
     if not noise:  # the start is a small part of any time: noise drowns it
         assert fitted == pytest.approx(start, rel=0.05)

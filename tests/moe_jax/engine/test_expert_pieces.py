@@ -166,11 +166,11 @@ def test_the_router_knows_no_pieces():
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_pieces_put_out_parts_of_a_sum(pieces):
     rng = np.random.default_rng(9)
-    gate_up, down, columns = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((24, 5), (5, 12), (5, 3))
+    gate_up, down, x = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((24, 5), (5, 12), (3, 5))
     )
     cut = [cut_array("gate_up", gate_up, pieces), cut_array("down", down, pieces)]
-    run = lambda *arrays: gated_ffn(*map(jnp.asarray, (*arrays, columns)), "silu")
+    run = lambda *arrays: gated_ffn(*map(jnp.asarray, (*arrays, x)), "silu")
     put_out = [run(*piece) for piece in zip(*cut, strict=True)]
     assert_close(sum(put_out[1:], put_out[0]), run(gate_up, down))
     for part, arrays in zip(("gate_up", "down"), cut, strict=True):

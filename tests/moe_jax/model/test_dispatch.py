@@ -10,9 +10,9 @@ from moe_jax.model.dispatch import (
     block_widths,
     combine,
     dispatch,
-    gather_columns,
+    gather_rows,
     num_blocks,
-    num_columns,
+    num_rows,
 )
 
 
@@ -22,10 +22,10 @@ def draw_choices(seed, tokens, choices, experts):
 
 
 def blocks_of(where):
-    """(expert, first column, width) of every used block."""
+    """(expert, first row, width) of every used block."""
     widths = np.asarray(where.widths)[np.asarray(where.block_width)].tolist()
-    rows = zip(where.block_expert.tolist(), where.block_start.tolist(), widths, strict=True)
-    return [row for row in rows if row[0] < where.counts.size]
+    blocks = zip(where.block_expert.tolist(), where.block_start.tolist(), widths, strict=True)
+    return [block for block in blocks if block[0] < where.counts.size]
 
 
 @given(
@@ -45,11 +45,11 @@ def test_every_pair_is_weighted_by_its_expert(seed, tokens, shape, padding):
     where = dispatch(
         jnp.asarray(chosen), jnp.asarray(valid), experts, block_widths(tokens, choices, experts)
     )
-    columns = gather_columns(jnp.asarray(x), where)
-    scale = np.zeros(columns.shape[1], np.float32)
+    rows = gather_rows(jnp.asarray(x), where)
+    scale = np.zeros(rows.shape[0], np.float32)
     for expert, start, width in blocks_of(where):
         scale[start : start + width] = expert + 1
-    y = combine(columns * jnp.asarray(scale)[None], jnp.asarray(gates), where)
+    y = combine(rows * jnp.asarray(scale)[:, None], jnp.asarray(gates), where)
     expected = np.where(valid[:, None], np.sum(gates * (chosen + 1), axis=1)[:, None] * x, 0)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(
@@ -67,7 +67,7 @@ def test_an_expert_has_full_blocks_and_one_that_holds_the_rest():
     assert list(blocks_of(where)) == shares
     assert where.first_block.tolist() == [0, 1, 1, 1, 4, 4, 6, 6]
     source = where.source.tolist()
-    assert source[:48] == [*range(300, 340)] + [512] * 8  # token order, then empty columns
+    assert source[:48] == [*range(300, 340)] + [512] * 8  # token order, then empty rows
     assert source[48:348] == [*range(300)]
 
 
@@ -92,4 +92,4 @@ def test_there_is_room_for_any_routing(tokens, choices, experts):
         rest = pairs - taken
         used, blocks = used + rest, blocks + rest // widths[-1]
         assert blocks <= num_blocks(tokens, choices, experts, widths)
-        assert used + widths[-1] <= num_columns(tokens, choices, experts, widths)
+        assert used + widths[-1] <= num_rows(tokens, choices, experts, widths)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from host_offload.memory import sharding
-from moe_jax.model.dispatch import block_widths, dispatch, gather_columns
+from moe_jax.model.dispatch import block_widths, dispatch, gather_rows
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts
-from moe_jax.model.ops import gated_ffn_rows
+from moe_jax.model.ops import gated_ffn
 from moe_jax.placement.planner import Mode
 from tests.tolerances import assert_close
 
@@ -32,8 +32,8 @@ def make_experts(slots, bank, dtype="float32"):
 def run(experts, x, chosen, mode):
     widths = block_widths(*chosen.shape, EXPERTS)
     where = dispatch(chosen, jnp.ones(x.shape[0], bool), EXPERTS, widths)
-    columns = gather_columns(x, where)
-    return run_experts(experts, columns, where, mode, "silu"), where
+    rows = gather_rows(x, where)
+    return run_experts(experts, rows, where, mode, "silu"), where
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
@@ -51,9 +51,9 @@ def test_every_placement_equals_the_plain_expert(tokens, slots, bank, missing):
         Mode.IDLE if not n else Mode.RESIDENT if e < slots else missing[e % len(missing)]
         for e, n in enumerate(counts)
     ]
-    columns, where = jax.jit(run)(experts, x, chosen, jnp.asarray(mode, jnp.int32))
-    apply = functools.partial(gated_ffn_rows, activation="silu")
-    rows = np.asarray(columns).T
+    output, where = jax.jit(run)(experts, x, chosen, jnp.asarray(mode, jnp.int32))
+    apply = functools.partial(gated_ffn, activation="silu")
+    rows = np.asarray(output)
     for choice in range(2):
         got = rows[np.asarray(where.position[:, choice])]
         expected = jnp.concatenate(
@@ -80,5 +80,5 @@ def test_experts_nobody_chose_are_never_read():
     chosen = jnp.asarray([[0, 2], [2, 0]], jnp.int32)
     mode = jnp.asarray([Mode.RESIDENT, 0, Mode.HOST, 0, 0, 0], jnp.int32)
     for way in (Mode.HOST, Mode.STREAM):
-        columns, _ = jax.jit(run)(poisoned, x, chosen, mode.at[2].set(int(way)))
-        assert not np.isnan(columns).any()
+        output, _ = jax.jit(run)(poisoned, x, chosen, mode.at[2].set(int(way)))
+        assert not np.isnan(output).any()

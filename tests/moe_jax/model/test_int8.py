@@ -12,7 +12,6 @@ from moe_jax.model.int8 import (
     gated_ffn_int8,
     int8_bytes,
     multiply_int8,
-    quantize_columns,
     quantize_rows,
 )
 from moe_jax.model.ops import gated_ffn
@@ -33,15 +32,15 @@ def make_expert(embed, ffn):
 def test_products_are_exact(rows, inputs, tokens, options):
     rng = np.random.default_rng(2)
     weight = rng.integers(-127, 128, (rows, inputs), np.int8)
-    columns = rng.integers(-127, 128, (inputs, tokens), np.int8)
+    x = rng.integers(-127, 128, (tokens, inputs), np.int8)
     multiply = jax.jit(multiply_int8, compiler_options=options)
-    expected = weight.astype(np.int64) @ columns.astype(np.int64)
-    np.testing.assert_array_equal(multiply(weight, columns), expected)
+    expected = x.astype(np.int64) @ weight.astype(np.int64).T
+    np.testing.assert_array_equal(multiply(weight, x), expected)
 
 
 def test_the_largest_sum_of_a_real_expert_fits():
-    weight, columns = np.full((8, 28672), 127, np.int8), np.full((28672, 1), -127, np.int8)
-    assert (np.asarray(jax.jit(multiply_int8)(weight, columns)) == -28672 * 127**2).all()
+    weight, x = np.full((8, 28672), 127, np.int8), np.full((1, 28672), -127, np.int8)
+    assert (np.asarray(jax.jit(multiply_int8)(weight, x)) == -28672 * 127**2).all()
 
 
 def test_numbers_are_rounded_to_127_steps_of_their_own_scale():
@@ -57,7 +56,7 @@ def test_numbers_are_rounded_to_127_steps_of_their_own_scale():
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_an_expert_is_close_to_the_one_it_was_made_from(tokens):
     expert, gate_up, down = make_expert(64, 96)
-    x = draw(4, 64, tokens)
+    x = draw(4, tokens, 64)
     got = gated_ffn_int8(expert, x, "silu")
     expected = gated_ffn(gate_up, down, x, "silu")
     error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
@@ -67,24 +66,24 @@ def test_an_expert_is_close_to_the_one_it_was_made_from(tokens):
 
 def test_a_token_has_the_same_result_in_any_company():
     expert, _, _ = make_expert(64, 96)
-    x = draw(4, 64, 20)
+    x = draw(4, 20, 64)
     run = jax.jit(lambda x: gated_ffn_int8(expert, x, "silu"), compiler_options=compiler_options())
     whole = run(x)
     for width in (1, 2, 4, 16):
-        np.testing.assert_allclose(run(x[:, :width]), whole[:, :width], rtol=1e-6)
+        np.testing.assert_allclose(run(x[:width]), whole[:width], rtol=1e-6)
 
 
-def test_empty_columns_stay_empty_and_nan_stays_in_its_column():
+def test_empty_rows_stay_empty_and_nan_stays_in_its_row():
     expert, _, _ = make_expert(64, 96)
-    x = draw(4, 64, 5).at[:, 1].set(0).at[:, 3].set(jnp.nan)
+    x = draw(4, 5, 64).at[1].set(0).at[3].set(jnp.nan)
     y = np.asarray(gated_ffn_int8(expert, x, "silu"))
-    assert (y[:, 1] == 0).all() and np.isnan(y[:, 3]).all() and np.isnan(y).sum() == 64
+    assert (y[1] == 0).all() and np.isnan(y[3]).all() and np.isnan(y).sum() == 64
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_it_runs_in_a_host_computation(tokens):
     expert, _, _ = make_expert(64, 96)
-    x = draw(4, 64, tokens, dtype=jnp.bfloat16)
+    x = draw(4, tokens, 64, dtype=jnp.bfloat16)
     hosted = jax.device_put(expert, sharding("pinned_host"))
 
     def body(expert, x):
@@ -95,9 +94,7 @@ def test_it_runs_in_a_host_computation(tokens):
     np.testing.assert_allclose(y, gated_ffn_int8(expert, x, "silu"), rtol=1e-5, atol=1e-5)
 
 
-def test_columns_of_bfloat16_are_taken_as_they_are():
-    x = draw(5, 16, 3, dtype=jnp.bfloat16)
-    for part, other in zip(
-        quantize_columns(x), quantize_columns(x.astype(jnp.float32)), strict=True
-    ):
+def test_rows_of_bfloat16_are_taken_as_they_are():
+    x = draw(5, 3, 16, dtype=jnp.bfloat16)
+    for part, other in zip(quantize_rows(x), quantize_rows(x.astype(jnp.float32)), strict=True):
         np.testing.assert_array_equal(part, other)

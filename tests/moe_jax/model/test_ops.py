@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from host_offload.host_compute import compiler_options
-from moe_jax.model.ops import linear, multiply_columns
+from moe_jax.model import ops
+from moe_jax.model.ops import as_bits, from_bits, gated_ffn, linear, multiply_columns
+
+
+@pytest.fixture(params=[False, True], ids=["no matrix units", "matrix units"])
+def matrix_units(request, monkeypatch):
+    """The form of products for either kind of processor: both are right on any."""
+    monkeypatch.setattr(ops, "has_matrix_units", lambda: request.param)
+    return request.param
 
 
 def draw(seed, *shape):
@@ -16,7 +24,7 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("options", [{}, compiler_options()], ids=["plain", "as served"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 40), (6, 7), (64, 1), (12, 4096), (1023, 33)])
-def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options):
+def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options, matrix_units):
     weight, columns = draw(0, rows, inputs), draw(1, inputs, tokens)
     wide = np.asarray(weight, np.float64), np.asarray(columns, np.float64)
     expected, room = wide[0] @ wide[1], 1e-6 * (np.abs(wide[0]) @ np.abs(wide[1]))
@@ -28,8 +36,29 @@ def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options):
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 6])
-def test_a_column_of_nan_leaves_the_others_alone(tokens):
+def test_a_column_of_nan_leaves_the_others_alone(tokens, matrix_units):
     weight, columns = draw(0, 64, 128), draw(1, 128, tokens).at[:, 1].set(jnp.nan)
     multiply = jax.jit(multiply_columns, compiler_options=compiler_options())
     nan = np.isnan(np.asarray(multiply(weight, columns)))
     assert nan[:, 1].all() and nan.sum() == 64
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 128])
+def test_a_gated_product_is_the_same_in_every_form(tokens, matrix_units):
+    gate_up, down, x = draw(0, 48, 40), draw(1, 40, 24), draw(2, tokens, 40)
+    run = jax.jit(gated_ffn, static_argnums=3, compiler_options=compiler_options())
+    gate, up = np.split(np.asarray(x, np.float32) @ np.asarray(gate_up, np.float32).T, 2, axis=1)
+    hidden = np.asarray(jnp.asarray(np.maximum(gate, 0) * up, jnp.bfloat16), np.float32)
+    y = run(gate_up, down, x, "relu")
+    assert y.dtype == jnp.float32
+    expected = hidden @ np.asarray(down, np.float32).T
+    # A hidden value may be rounded to the number next to the expected one.
+    np.testing.assert_allclose(y, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_bits_are_kept(dtype):
+    x = jnp.asarray([0.0, -0.0, 1.5, jnp.inf, jnp.nan], dtype)
+    bits = as_bits(x)
+    assert bits.dtype == (jnp.uint16 if dtype == jnp.bfloat16 else jnp.uint32)
+    np.testing.assert_array_equal(as_bits(from_bits(bits, x.dtype)), bits)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from host_offload.memory import sharding
-from moe_jax.model.dispatch import block_widths, dispatch, gather_columns
+from moe_jax.model.dispatch import block_widths, dispatch, gather_rows
 from moe_jax.model.experts import Expert
 from moe_jax.model.ops import gated_ffn
 from moe_jax.model.streamed import run_streamed
@@ -17,8 +17,8 @@ from tests.tolerances import assert_close
 EXPERTS, SLOTS, EMBED, FFN = 7, 2, 8, 12
 
 
-def apply(expert, columns):
-    return gated_ffn(expert.gate_up, expert.down, columns, "silu")
+def apply(expert, rows):
+    return gated_ffn(expert.gate_up, expert.down, rows, "silu")
 
 
 @functools.cache
@@ -41,8 +41,8 @@ def test_adds_the_results_of_the_chosen_experts_and_leaves_the_rest(backend, tok
     choices = np.stack([rng.permutation(EXPERTS)[:3] for _ in range(tokens)]).astype(np.int32)
     widths = block_widths(tokens, 3, EXPERTS)
     where = dispatch(jnp.asarray(choices), jnp.ones(tokens, bool), EXPERTS, widths)
-    columns = gather_columns(x, where)
-    before = jnp.asarray(rng.standard_normal(columns.shape, np.float32))
+    rows = gather_rows(x, where)
+    before = jnp.asarray(rng.standard_normal(rows.shape, np.float32))
     counts, ends = np.asarray(where.counts), np.cumsum(where.used)
     host = in_host_memory(arrays())
     run = jax.jit(functools.partial(run_streamed, apply, host, slots=SLOTS))
@@ -50,13 +50,13 @@ def test_adds_the_results_of_the_chosen_experts_and_leaves_the_rest(backend, tok
         used = [e for e in streamed if counts[e + SLOTS]]
         chosen = jnp.asarray(used + [0] * (len(host) - len(used)), jnp.int32)
         output = run(
-            columns=columns, where=where, chosen=chosen, count=jnp.int32(len(used)), output=before
+            rows=rows, where=where, chosen=chosen, count=jnp.int32(len(used)), output=before
         )
         expected = np.asarray(before).copy()
         for e in used:
             start = ends[e + SLOTS] - where.used[e + SLOTS]
             own = slice(int(start), int(start + counts[e + SLOTS]))
-            expected[:, own] += apply(Expert(*map(jnp.asarray, arrays()[e])), columns[:, own])
+            expected[own] += apply(Expert(*map(jnp.asarray, arrays()[e])), rows[own])
         assert_close(output, jnp.asarray(expected))
 
 
@@ -67,14 +67,14 @@ def test_experts_that_are_not_chosen_are_never_read(monkeypatch):
     host = in_host_memory(pairs)
     choices = jnp.asarray([[1 + SLOTS, 3 + SLOTS], [3 + SLOTS, 0]], jnp.int32)
     where = dispatch(choices, jnp.ones(2, bool), EXPERTS, block_widths(2, 2, EXPERTS))
-    columns = gather_columns(jnp.ones((2, EMBED), jnp.float32), where)
+    rows = gather_rows(jnp.ones((2, EMBED), jnp.float32), where)
     chosen = jnp.asarray([1, 3, 0, 0, 0], jnp.int32)
     run = jax.jit(functools.partial(run_streamed, apply, host, slots=SLOTS))
     output = run(
-        columns=columns,
+        rows=rows,
         where=where,
         chosen=chosen,
         count=jnp.int32(2),
-        output=jnp.zeros_like(columns),
+        output=jnp.zeros_like(rows),
     )
     assert not np.isnan(output).any()

@@ -1,0 +1,34 @@
+"""What the host's processor is called and which matrix units it has. Knows nothing about arrays."""
+
+import functools
+import platform
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def processor_name() -> str:
+    """The model name that the operating system tells, or else the kind of machine."""
+    return _field("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 and int8 in hardware (Intel AMX).
+
+    Only Linux tells; elsewhere the answer is no.
+    """
+    return {"amx_bf16", "amx_int8"} <= set(_field("flags").split())
+
+
+def _field(name: str) -> str:
+    """The first processor's entry of that name; empty where there is none."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    found = (
+        line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name
+    )
+    return next(found, "")

@@ -1,0 +1,51 @@
+"""What the operating system tells about the processor."""
+
+import pytest
+
+from host_offload import processor
+
+CPUINFO = """processor\t: 0
+model name\t: Fast Processor 1000
+model\t\t: 167
+flags\t\t: fpu avx512f {flags} avx512_bf16
+
+processor\t: 1
+model name\t: Fast Processor 1000
+flags\t\t: fpu
+"""
+
+
+@pytest.fixture
+def describe(tmp_path, monkeypatch):
+    def write(text):
+        path = tmp_path / "cpuinfo"
+        path.write_text(text)
+        monkeypatch.setattr(processor, "_CPUINFO", path)
+
+    yield write
+    processor.has_matrix_units.cache_clear()
+    processor.processor_name.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("amx_bf16 amx_tile amx_int8", True), ("amx_bf16 amx_tile", False), ("", False)],
+)
+def test_matrix_units_take_bfloat16_and_int8(describe, flags, expected):
+    describe(CPUINFO.format(flags=flags))
+    processor.has_matrix_units.cache_clear()
+    assert processor.has_matrix_units() is expected
+
+
+def test_the_name_is_the_models(describe):
+    describe(CPUINFO)
+    processor.processor_name.cache_clear()
+    assert processor.processor_name() == "Fast Processor 1000"
+
+
+def test_where_nothing_tells_there_are_no_matrix_units(describe, tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "none")
+    processor.has_matrix_units.cache_clear()
+    processor.processor_name.cache_clear()
+    assert not processor.has_matrix_units()
+    assert processor.processor_name()
