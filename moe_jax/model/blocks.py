@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.dispatch import Dispatch
-from moe_jax.model.ops import as_bits, from_bits
+from pallas_kernels.bits import as_bits, from_bits
 
 # (expert, rows [width, embed]) -> [width, embed] in float32.
 Ffn = Callable[[Any, Array], Array]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.model.ops import as_bits, from_bits
+from pallas_kernels.bits import as_bits, from_bits
 
 
 @no_type_check  # jax rebuilds it with other leaves in the fields

@@ -11,7 +11,7 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped, UInt
+from jaxtyping import Array, Float, Shaped
 
 from host_offload.processor import has_matrix_units
 from moe_jax.config import Activation
@@ -112,19 +112,6 @@ def sum_products(
         products, [zero] * len(products), lambda *pair: jax.tree.map(operator.add, *pair), (1,)
     )
     return jnp.stack(sums).reshape(count, rows).T
-
-
-def as_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
-    """The same bits as whole numbers, to be moved about.
-
-    XLA:CPU of jax 0.10 slices, pads and gathers bfloat16 by converting all of it to float32.
-    """
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
-def from_bits(bits: UInt[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """Undoes `as_bits`."""
-    return lax.bitcast_convert_type(bits, dtype)
 
 
 def linear(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.bits import as_bits, from_bits
 from pallas_kernels.paged_attention.arguments import Pages, unpacked
 
 # Up to this many queries per sequence all sequences are computed at once, padded to the longest.
@@ -119,11 +120,11 @@ def _many_queries(
     max_query_length: int,
 ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
     """Computes one block of one sequence's queries after another; padding costs nothing."""
-    tokens, heads, head_dim = query.shape
+    tokens, heads = query.shape[:2]
     size = min(max_query_length, _PREFILL_QUERIES)
     blocks = -(-jnp.diff(query_starts) // size)
     ends = jnp.cumsum(blocks)
-    query = jnp.pad(query, ((0, size), (0, 0), (0, 0)))
+    dtype, bits = query.dtype, jnp.pad(as_bits(query), ((0, size), (0, 0), (0, 0)))
     lane = jnp.arange(size, dtype=jnp.int32)
 
     def work(item: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -134,7 +135,7 @@ def _many_queries(
         real = token < query_starts[seq + 1]
         position = kv_lengths[seq] - query_starts[seq + 1] + token
         block_output, block_log_sum_exp = _attend(
-            jax.lax.dynamic_slice_in_dim(query, start, size)[None],
+            from_bits(jax.lax.dynamic_slice_in_dim(bits, start, size), dtype)[None],
             position[None],
             real[None],
             block_tables[seq][None],
@@ -145,15 +146,16 @@ def _many_queries(
         )
         # Rows past the sequence's end are overwritten: items come in the order of their rows.
         return (
-            jax.lax.dynamic_update_slice_in_dim(output, block_output[0], start, 0),
+            jax.lax.dynamic_update_slice_in_dim(
+                output, as_bits(block_output[0].astype(dtype)), start, 0
+            ),
             jax.lax.dynamic_update_slice_in_dim(log_sum_exp, block_log_sum_exp[0], start, 0),
         )
 
-    # Held in float32: jax 0.10.2 on a CPU rewrites all of a bfloat16 array to update a part of it.
-    zero = jnp.zeros((tokens + size, heads, head_dim))
+    zero = jnp.zeros_like(bits)
     unseen = jnp.full((tokens + size, heads), -jnp.inf)
     output, log_sum_exp = jax.lax.fori_loop(0, ends[-1], work, (zero, unseen))
-    return output[:tokens].astype(query.dtype), log_sum_exp[:tokens]
+    return from_bits(output[:tokens], dtype), log_sum_exp[:tokens]
 
 
 def _attend(
