@@ -36,9 +36,7 @@ def multiply_rows(
     """Returns weight · rowsᵀ: `multiply_columns` of one token per row."""
     if _are_few(rows.shape[0], weight):
         return multiply_columns(weight, rows.T)
-    # Where XLA:CPU folds a transpose into a product it converts the weight to float32.
-    if runs_on_cpu(weight) and not has_matrix_units():
-        return multiply_columns(weight, lax.optimization_barrier(rows.T))
+    # Not as a product with rows.T: XLA:CPU would convert the weight to float32.
     return _dot(weight, rows, 1)
 
 

@@ -54,3 +54,18 @@ def test_a_gated_product_is_the_same_in_every_form(tokens, matrix_units):
     expected = hidden @ np.asarray(down, np.float32).T
     # A hidden value may be rounded to the number next to the expected one.
     np.testing.assert_allclose(y, expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 16, 64, 128])
+def test_no_weight_is_converted_to_float32(tokens, matrix_units):
+    """XLA:CPU does so for most forms of a product, at a tenth of the speed."""
+    gate_up, down, x = draw(0, 1024, 256), draw(1, 256, 512), draw(2, tokens, 256)
+
+    def run(gate_up, down, x):
+        return gated_ffn(gate_up, down, x, "silu"), linear(gate_up, x)
+
+    program = jax.jit(run, compiler_options=compiler_options()).lower(gate_up, down, x).compile()
+    made = [line for line in program.as_text().splitlines() if " fusion(" in line]
+    assert made
+    # The sums of a few tokens' products read the weight as it is.
+    assert not [line for line in made if "= f32[1024,256]" in line or "= f32[256,512]" in line]
