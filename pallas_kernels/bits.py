@@ -8,9 +8,14 @@ from jax import lax
 from jaxtyping import Array, Float, UInt
 
 
+def bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the unsigned integer dtype that can hold the bits of a dtype."""
+    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+
 def as_bits(x: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """The same bits as whole numbers."""
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return lax.bitcast_convert_type(x, bits_dtype(x.dtype))
 
 
 def from_bits(bits: UInt[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:

@@ -9,12 +9,12 @@ from typing import no_type_check
 
 import jax
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from host_offload.memory import zeros
 from moe_jax.config import ModelConfig
-from pallas_kernels.paged_attention import bits_dtype, lane_packing
+from pallas_kernels.bits import as_bits, bits_dtype
+from pallas_kernels.paged_attention import lane_packing
 
 PAGE_SIZE = 16
 _COPIES_AT_ONCE = 8
@@ -98,7 +98,7 @@ def write_kv(
 
     def write(pages, rows):
         if rows.dtype != pages.dtype:
-            rows = lax.bitcast_convert_type(rows, pages.dtype)
+            rows = as_bits(rows)
         rows = rows.reshape(-1, *pages.shape[2:])
         # By page and offset: with one flat index, XLA:CPU copies all pages to write a single token.
         return pages.at[slot // page_size, slot % page_size].set(rows, mode="drop")

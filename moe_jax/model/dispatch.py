@@ -48,8 +48,8 @@ class Dispatch:
 def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     """The widths of blocks in a step of this many tokens; rising.
 
-    On XLA:CPU up to six tokens are multiplied in a way of their own, four of them in the time that
-    reading the weight takes; seven to fifteen take no less than sixteen, and from a few hundred on
+    On XLA:CPU up to six tokens are multiplied in the time that reading the weight takes, or little
+    more; seven to fifteen take no less than sixteen, and from a few hundred on
     a token costs no less in a wider block. Each width of each expert is compiled, so short steps
     and layers of many experts make do with few.
     """

@@ -56,7 +56,7 @@ def runs_on_cpu(weight: Array) -> bool:
     return in_host_memory or jax.default_backend() == "cpu"
 
 
-# Steps of more tokens are no decode steps of a few sequences.
+# Up to so many tokens a step is a decode step of a few sequences.
 FEW_TOKENS = 6
 
 

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choose import choose
 from pallas_kernels.interpret import TPU_INTERPRETER
-from pallas_kernels.paged_attention.arguments import Pages, bits_dtype, check_arguments
+from pallas_kernels.paged_attention.arguments import Pages, check_arguments
 from pallas_kernels.paged_attention.gpu import paged_attention_gpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 from pallas_kernels.paged_attention.tpu import paged_attention_tpu
 from pallas_kernels.paged_attention.tpu_tiles import lane_packing
 from pallas_kernels.paged_attention.xla import paged_attention_xla
 
-__all__ = ["IMPLEMENTATIONS", "bits_dtype", "lane_packing", "paged_attention"]
+__all__ = ["IMPLEMENTATIONS", "lane_packing", "paged_attention"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "reference": paged_attention_reference,
@@ -98,7 +98,7 @@ def paged_attention(
       query: float32, bfloat16 or float16. Rows query_starts[s]:query_starts[s+1] belong to
         sequence s; rows past query_starts[-1] are padding. heads is a multiple of kv_heads;
         kv head j serves heads j*(heads/kv_heads) and the ones after it.
-      key_pages, value_pages: in query's dtype, or its bits as unsigned integers (`bits_dtype`).
+      key_pages, value_pages: in query's dtype, or its bits as unsigned integers (`as_bits`).
         Key p of sequence s lies in page block_tables[s, p // page_size] at p % page_size. Keep
         bits on the CPU: with jax 0.10.2 a write into a bfloat16 array there rewrites all of it.
         On a TPU keep `lane_packing` heads side by side and reshape for the call, which is free;

@@ -5,9 +5,10 @@ Knows static facts only (shapes, dtypes, options); the values of arrays are neve
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
+
+from pallas_kernels.bits import bits_dtype, from_bits
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -18,14 +19,9 @@ Pages = (
 )
 
 
-def bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the unsigned integer dtype that can hold the bits of a dtype."""
-    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
-
-
 def unpacked(keys: Array, dtype: jnp.dtype) -> Array:
     """Returns keys (or values) as floats of this dtype, whether they are kept so or as its bits."""
-    return keys if keys.dtype == dtype else jax.lax.bitcast_convert_type(keys, dtype)
+    return keys if keys.dtype == dtype else from_bits(keys, dtype)
 
 
 def check_arguments(

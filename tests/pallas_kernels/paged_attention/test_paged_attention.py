@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import bits_dtype, paged_attention
+from pallas_kernels.bits import as_bits
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.shapes import HEADS
 from tests.pallas_kernels.paged_attention.cases import Case
 from tests.pallas_kernels.paged_attention.running import SCALE, attend, check, implementations, run
@@ -119,7 +120,7 @@ def test_soft_cap_and_sinks(queries, implementation):
 def test_pages_may_be_kept_as_bits(queries, dtype, implementation):
     case = Case(queries=queries, keys=(60, 10))
     query, *pages, tables, starts, lengths = case.arrays(dtype)
-    bits = [jax.lax.bitcast_convert_type(p, bits_dtype(query.dtype)) for p in pages]
+    bits = [as_bits(p) for p in pages]
     assert bits[0].dtype == {"float32": jnp.uint32, "bfloat16": jnp.uint16}[dtype]
     kept = run(case, (query, *bits, tables, starts, lengths), implementation)
     expected = run(case, (query, *pages, tables, starts, lengths), implementation)
