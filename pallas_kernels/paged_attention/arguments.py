@@ -6,9 +6,10 @@ Knows static facts only (shapes, dtypes, options); the values of arrays are neve
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, UInt
 
-from pallas_kernels.bits import bits_dtype, from_bits
+from pallas_kernels.bits import bits_dtype
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,8 +21,8 @@ Pages = (
 
 
 def unpacked(keys: Array, dtype: jnp.dtype) -> Array:
-    """Returns keys (or values) as floats of this dtype, whether they are kept so or as its bits."""
-    return keys if keys.dtype == dtype else from_bits(keys, dtype)
+    """Returns keys (or values) in this dtype, whether they are kept so or as its bits."""
+    return keys if keys.dtype == dtype else lax.bitcast_convert_type(keys, dtype)
 
 
 def check_arguments(
