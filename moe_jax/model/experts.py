@@ -75,7 +75,7 @@ def run_experts(
 ) -> Float[Array, "rows embed"]:
     """Computes every row by its expert, in the way `mode` (by address) says; float32.
 
-    `where` is in addresses. Columns that no expert owns are 0. Without `streams` no mode is STREAM,
+    `where` is in addresses. Rows that no expert owns are 0. Without `streams` no mode is STREAM,
     and nothing is compiled for it: its memory alone would slow a short step on the CPU backend.
     """
     output = run_resident(experts.resident, rows, where, activation)

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
-from host_offload.processor import has_matrix_units
 from moe_jax.config import Activation
 from moe_jax.model.ops import (
     activate,
     most_summed,
+    row_groups,
     runs_on_cpu,
     sum_products,
-    tokens_come_first,
 )
 
 
@@ -54,13 +53,14 @@ def multiply_int8(
 ) -> Int32[Array, "tokens out"]:
     """Returns x · weightᵀ, exactly. No sum may exceed int32: at most 133,000 inputs."""
     if x.shape[0] <= most_summed() and runs_on_cpu(weight):
-        return sum_products(weight, x.T, jnp.int32, groups=8 if has_matrix_units() else 4).T
+        return sum_products(weight, x.T, jnp.int32, row_groups(weight)).T
     dot = functools.partial(
         lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
         preferred_element_type=jnp.int32,
     )
-    if tokens_come_first(weight, x.shape[0]):
+    # On XLA:CPU the weight is laid out anew, which pays from here on, most of all with jax 0.12.
+    if not runs_on_cpu(weight) or x.shape[0] >= 64:
         return dot(x, weight)
     return lax.optimization_barrier(dot(weight, x)).T
 
