@@ -3,6 +3,7 @@
 Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -104,7 +105,9 @@ class Runner:
     def take_reports(self) -> list["StepReport"]:
         """The steps since the last call; waits until they are done."""
         reports, self._unread = self._unread, []
-        return [replace(report, tally=jax.device_get(report.tally)) for report in reports]
+        # Not by jax.device_get, which takes three times as long where nothing has to be copied.
+        read = functools.partial(jax.tree.map, np.asarray)
+        return [replace(report, tally=read(report.tally)) for report in reports]
 
     def swap(self, layer: int, incoming: int, outgoing: int) -> None:
         """Makes one expert of a layer resident in the place of another.

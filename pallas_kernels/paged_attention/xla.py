@@ -14,6 +14,7 @@ token-major arrays is several times slower on XLA:CPU.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,9 @@ _DECODE_KEYS = 1024  # over all sequences
 _LEAST_DECODE_KEYS = 64
 _MOST_DECODE_KEYS = 512
 _LAST_DECODE_KEYS = 128  # what large blocks leave of a context is read in blocks of this many
-_PREFILL_KEYS = 128
+# Up to this many rows are scored as sums over the keys where they lie, and not as a product.
+_FEW_ROWS = 8
+_PREFILL_KEYS = 256
 _PREFILL_QUERIES = 128
 # Start of the running maximum: below every real score, and finite, so that differences of two of
 # them are 0 and not NaN.
@@ -119,22 +122,28 @@ def _many_queries(
     sinks: Float[Array, " heads"] | None,
     max_query_length: int,
 ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
-    """Computes one block of one sequence's queries after another; padding costs nothing."""
-    tokens, heads = query.shape[:2]
-    size = min(max_query_length, _PREFILL_QUERIES)
-    blocks = -(-jnp.diff(query_starts) // size)
-    ends = jnp.cumsum(blocks)
-    dtype, bits = query.dtype, jnp.pad(as_bits(query), ((0, size), (0, 0), (0, 0)))
-    lane = jnp.arange(size, dtype=jnp.int32)
+    """Computes one block of one sequence's queries after another, and padding costs nothing.
 
-    def work(item: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        output, log_sum_exp = results
+    Blocks have one of two sizes: what is left of a sequence, and all of one that decodes beside
+    prompts, is computed in a small block where it fits.
+    """
+    tokens, heads = query.shape[:2]
+    large = min(max_query_length, _PREFILL_QUERIES)
+    lengths = jnp.diff(query_starts)
+    left = lengths % large
+    small = ((left > 0) & (left <= _FEW_QUERIES)).astype(jnp.int32)
+    dtype, bits = query.dtype, jnp.pad(as_bits(query), ((0, large), (0, 0), (0, 0)))
+
+    def work(
+        size: int, first: Array, blocks: Array, item: Array, results: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        ends = jnp.cumsum(blocks)
         seq = jnp.sum(ends <= item)
-        start = query_starts[seq] + (item - ends[seq] + blocks[seq]) * size
-        token = start + lane
+        start = first[seq] + (item - ends[seq] + blocks[seq]) * size
+        token = start + jnp.arange(size, dtype=jnp.int32)
         real = token < query_starts[seq + 1]
         position = kv_lengths[seq] - query_starts[seq + 1] + token
-        block_output, block_log_sum_exp = _attend(
+        output, log_sum_exp = _attend(
             from_bits(jax.lax.dynamic_slice_in_dim(bits, start, size), dtype)[None],
             position[None],
             real[None],
@@ -144,17 +153,23 @@ def _many_queries(
             cache,
             (_PREFILL_KEYS,),
         )
-        # Rows past the sequence's end are overwritten: items come in the order of their rows.
-        return (
-            jax.lax.dynamic_update_slice_in_dim(
-                output, as_bits(block_output[0].astype(dtype)), start, 0
-            ),
-            jax.lax.dynamic_update_slice_in_dim(log_sum_exp, block_log_sum_exp[0], start, 0),
-        )
 
-    zero = jnp.zeros_like(bits)
-    unseen = jnp.full((tokens + size, heads), -jnp.inf)
-    output, log_sum_exp = jax.lax.fori_loop(0, ends[-1], work, (zero, unseen))
+        def put(result: Array, rows: Array) -> Array:
+            before = jax.lax.dynamic_slice_in_dim(result, start, size)
+            mine = real.reshape(-1, *(1,) * (rows.ndim - 1))
+            rows = jnp.where(mine, rows, before)
+            return jax.lax.dynamic_update_slice_in_dim(result, rows, start, 0)
+
+        return put(results[0], as_bits(output[0].astype(dtype))), put(results[1], log_sum_exp[0])
+
+    results = jnp.zeros_like(bits), jnp.full((tokens + large, heads), -jnp.inf)
+    for size, first, blocks in (
+        (large, query_starts[:-1], -(-lengths // large) - small),
+        (_FEW_QUERIES, query_starts[1:] - left, small),
+    ):
+        run = functools.partial(work, size, first, blocks)
+        results = jax.lax.fori_loop(0, blocks.sum(), run, results)
+    output, log_sum_exp = results
     return from_bits(output[:tokens], dtype), log_sum_exp[:tokens]
 
 
@@ -218,7 +233,7 @@ def _attend(
         seen = live[:, None, :] & (key_position[:, None, :] <= row_position[:, :, None])
         if cache.sliding_window is not None:
             seen &= key_position[:, None, :] > row_position[:, :, None] - cache.sliding_window
-        scores = _batched_dot(by_head, keys, 3) * cache.scale
+        scores = _score(by_head, keys) * cache.scale
         if cache.soft_cap is not None:
             scores = cache.soft_cap * jnp.tanh(scores / cache.soft_cap)
         scores = scores.reshape(seqs, kv_heads, group, queries, size)
@@ -277,6 +292,25 @@ def _read(
     block = block.reshape(seqs, pages_per_block * page_size, kv_heads, head_dim)
     block = jnp.where(live[:, None, :, None], block.transpose(0, 2, 1, 3), 0)
     return unpacked(block, dtype)
+
+
+def _score(
+    query: Float[Array, "seqs kv_heads rows head_dim"],
+    keys: Float[Array, "seqs kv_heads positions head_dim"],
+) -> Float[Array, "seqs kv_heads rows positions"]:
+    """Multiplies every row with every key, with float32 sums.
+
+    For a product XLA:CPU lays the keys out anew and calls a library, which takes longer than few
+    rows do. One reduction with a result for each row reads the keys once, in the loop that brings
+    them from their pages; it is vectorised in programs that may reorder sums.
+    """
+    rows = query.shape[2]
+    if rows == 1 or rows > _FEW_ROWS:  # a single result would be handed to the library again
+        return _batched_dot(query, keys, 3)
+    wide, zero = keys.astype(jnp.float32), jnp.zeros((), jnp.float32)
+    products = [query[:, :, row, None].astype(jnp.float32) * wide for row in range(rows)]
+    add = lambda *sums: jax.tree.map(operator.add, *sums)
+    return jnp.stack(jax.lax.reduce(products, [zero] * rows, add, (3,)), axis=2)
 
 
 def _batched_dot(

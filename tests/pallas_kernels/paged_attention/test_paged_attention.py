@@ -23,6 +23,13 @@ CASES = {
     "more than one query block": Case(
         queries=(140, 3, 129), keys=(150, 200, 129), heads=2, pages_per_seq=13
     ),
+    "prompts beside those that decode": Case(
+        queries=(1, 130, 1, 136, 0, 257, 8),
+        keys=(300, 130, 40, 150, 9, 270, 8),
+        heads=2,
+        kv_heads=1,
+        pages_per_seq=19,
+    ),
     "more than one key block": Case(queries=(1, 1), keys=(1030, 700), pages_per_seq=70),
     "large pages": Case(
         queries=(20, 1), keys=(150, 129), page_size=128, pages_per_seq=2, head_dim=128
