@@ -33,10 +33,10 @@ _DECODE_KEYS = 1024  # over all sequences
 _LEAST_DECODE_KEYS = 64
 _MOST_DECODE_KEYS = 512
 _LAST_DECODE_KEYS = 128  # what large blocks leave of a context is read in blocks of this many
-# Up to this many rows are scored as sums over the keys where they lie, and not as a product.
-_FEW_ROWS = 8
 _PREFILL_KEYS = 256
 _PREFILL_QUERIES = 128
+# Up to this many rows are scored as sums over the keys where they lie, and not as a product.
+_FEW_ROWS = 8
 # Start of the running maximum: below every real score, and finite, so that differences of two of
 # them are 0 and not NaN.
 _LOWEST = -1e30
@@ -135,11 +135,10 @@ def _many_queries(
     dtype, bits = query.dtype, jnp.pad(as_bits(query), ((0, large), (0, 0), (0, 0)))
 
     def work(
-        size: int, first: Array, blocks: Array, item: Array, results: tuple[Array, Array]
+        size: int, first: Array, ends: Array, item: Array, results: tuple[Array, Array]
     ) -> tuple[Array, Array]:
-        ends = jnp.cumsum(blocks)
         seq = jnp.sum(ends <= item)
-        start = first[seq] + (item - ends[seq] + blocks[seq]) * size
+        start = first[seq] + item * size
         token = start + jnp.arange(size, dtype=jnp.int32)
         real = token < query_starts[seq + 1]
         position = kv_lengths[seq] - query_starts[seq + 1] + token
@@ -167,8 +166,9 @@ def _many_queries(
         (large, query_starts[:-1], -(-lengths // large) - small),
         (_FEW_QUERIES, query_starts[1:] - left, small),
     ):
-        run = functools.partial(work, size, first, blocks)
-        results = jax.lax.fori_loop(0, blocks.sum(), run, results)
+        ends = jnp.cumsum(blocks)
+        run = functools.partial(work, size, first - (ends - blocks) * size, ends)
+        results = jax.lax.fori_loop(0, ends[-1], run, results)
     output, log_sum_exp = results
     return from_bits(output[:tokens], dtype), log_sum_exp[:tokens]
 
