@@ -1,4 +1,4 @@
-"""What the host's processor is called and which matrix units it has. Knows nothing about arrays."""
+"""What the host's processor is called and which units it has. Knows nothing about arrays."""
 
 import functools
 import platform
@@ -20,6 +20,15 @@ def has_matrix_units() -> bool:
     Only Linux tells; elsewhere the answer is no.
     """
     return {"amx_bf16", "amx_int8"} <= set(_field("flags").split())
+
+
+@functools.cache
+def has_wide_vectors() -> bool:
+    """Whether the processor has vectors of 512 bits and 32 registers of them (AVX-512).
+
+    Only Linux tells; elsewhere the answer is no.
+    """
+    return "avx512f" in _field("flags").split()
 
 
 def _field(name: str) -> str:

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.engine.runner import StepReport
+from moe_jax.engine.runner import PREFILL_BUCKETS, StepReport
 from moe_jax.engine.stats import Stats, StepTimes
 from moe_jax.engine.work import WorkCosts, busy_seconds, work_costs
 from moe_jax.placement.correction import Correction
@@ -58,8 +57,7 @@ class Monitor:
         self._curves = curves
         # Dense weights are taken to cost what a resident expert's do, byte for byte.
         self._dense_experts = memory.dense_bytes / memory.expert_bytes
-        self._dense_seconds: dict[int, float] = {}
-        self._costs: dict[int, WorkCosts] = {}
+        self._costs = work_costs(curves, PREFILL_BUCKETS[-1])
         self._prefill, self._decode = Correction(), Correction()
 
     def after_step(self, step: StepTime, reports: Sequence[StepReport]) -> None:
@@ -101,10 +99,13 @@ class Monitor:
 
     def dense_seconds(self, tokens: int) -> float:
         """What a step of this many tokens should take outside the experts, before correction."""
-        if tokens not in self._dense_seconds:
-            seconds = float(self._curves.device_seconds(jnp.int32(tokens)))
-            self._dense_seconds[tokens] = self._dense_experts * seconds
-        return self._dense_seconds[tokens]
+        return self._dense_experts * float(self._costs_up_to(tokens).device[tokens])
+
+    def _costs_up_to(self, tokens: int) -> WorkCosts:
+        """Costs that reach this far: many sequences with guesses can be more than a chunk."""
+        if tokens >= self._costs.device.size:
+            self._costs = work_costs(self._curves, tokens)
+        return self._costs
 
     def _count(self, reports: Sequence[StepReport]) -> Stats:
         """The totals and these steps, but for their time."""
@@ -123,9 +124,8 @@ class Monitor:
     def _foresee(self, report: StepReport) -> _Foreseen:
         """Dense weights, then what the planner expected and the curves say of the experts."""
         tally, tokens = report.tally, report.tokens
-        if tokens not in self._costs:
-            self._costs[tokens] = work_costs(self._curves, tokens)
-        busy = busy_seconds(np.asarray(tally.modes), np.asarray(tally.counts), self._costs[tokens])
+        costs = self._costs_up_to(tokens)
+        busy = busy_seconds(np.asarray(tally.modes), np.asarray(tally.counts), costs)
         dense = self.dense_seconds(tokens)
         busy["device"] += dense
         return _Foreseen(dense + float(tally.predicted), busy)

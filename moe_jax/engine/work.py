@@ -4,10 +4,12 @@ Numbers on the host, since it is asked after every step; nothing here is measure
 """
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.planner import Mode
@@ -28,15 +30,23 @@ class WorkCosts:
 
 def work_costs(curves: CostCurves, tokens: int) -> WorkCosts:
     """Reads the curves once, for experts with at most this many tokens."""
-    counts = jnp.arange(tokens + 1, dtype=jnp.int32)
+    host, device = _read_up_to(curves, tokens)
     return WorkCosts(
-        host=np.asarray(curves.host_seconds(counts), np.float64),
-        device=np.asarray(curves.device_seconds(counts), np.float64),
+        host=np.asarray(host, np.float64),
+        device=np.asarray(device, np.float64),
         stream=float(curves.stream),
         host_launch=float(curves.host_launch),
         link_latency=float(curves.link_latency),
         memory=float(curves.memory),
     )
+
+
+@partial(jax.jit, static_argnames="tokens")
+def _read_up_to(
+    curves: CostCurves, tokens: int
+) -> tuple[Float[Array, " counts"], Float[Array, " counts"]]:
+    counts = jnp.arange(tokens + 1, dtype=jnp.int32)
+    return curves.host_seconds(counts), curves.device_seconds(counts)
 
 
 def busy_seconds(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from host_offload.processor import has_matrix_units
+from host_offload.processor import has_matrix_units, has_wide_vectors
 from moe_jax.config import Activation
 
 
@@ -71,12 +71,14 @@ def most_summed() -> int:
 def row_groups(weight: Shaped[Array, "out in"]) -> int:
     """How many rows of a weight of 8 or 16 bits `sum_products` reads side by side.
 
-    As measured: eight on processors with matrix units, else two, or four of short numbers and of
-    long rows, whose columns leave the nearest cache and are read once per group.
+    As measured: eight on processors with matrix units, else four, but two of short rows of 16 bits
+    where vectors are wide. The columns of long rows leave the nearest cache and are read once per
+    group.
     """
     if has_matrix_units():
         return 8
-    return 2 if weight.dtype.itemsize == 2 and weight.shape[1] <= 2048 else 4
+    short = weight.dtype.itemsize == 2 and weight.shape[1] <= 2048
+    return 2 if short and has_wide_vectors() else 4
 
 
 def sum_products(

@@ -7,7 +7,7 @@ from host_offload import processor
 CPUINFO = """processor\t: 0
 model name\t: Fast Processor 1000
 model\t\t: 167
-flags\t\t: fpu avx512f {flags} avx512_bf16
+flags\t\t: fpu avx2 {flags} avx512_bf16
 
 processor\t: 1
 model name\t: Fast Processor 1000
@@ -22,9 +22,18 @@ def describe(tmp_path, monkeypatch):
         path.write_text(text)
         monkeypatch.setattr(processor, "_CPUINFO", path)
 
+    forget()
     yield write
-    processor.has_matrix_units.cache_clear()
-    processor.processor_name.cache_clear()
+    forget()
+
+
+def forget():
+    for known in (
+        processor.has_matrix_units,
+        processor.has_wide_vectors,
+        processor.processor_name,
+    ):
+        known.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -33,19 +42,22 @@ def describe(tmp_path, monkeypatch):
 )
 def test_matrix_units_take_bfloat16_and_int8(describe, flags, expected):
     describe(CPUINFO.format(flags=flags))
-    processor.has_matrix_units.cache_clear()
     assert processor.has_matrix_units() is expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("avx512f", True), ("avx512vl", False)])
+def test_wide_vectors_are_those_of_avx_512(describe, flags, expected):
+    describe(CPUINFO.format(flags=flags))
+    assert processor.has_wide_vectors() is expected
 
 
 def test_the_name_is_the_models(describe):
     describe(CPUINFO)
-    processor.processor_name.cache_clear()
     assert processor.processor_name() == "Fast Processor 1000"
 
 
-def test_where_nothing_tells_there_are_no_matrix_units(describe, tmp_path, monkeypatch):
+def test_where_nothing_tells_there_are_no_units(describe, tmp_path, monkeypatch):
     monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "none")
-    processor.has_matrix_units.cache_clear()
-    processor.processor_name.cache_clear()
     assert not processor.has_matrix_units()
+    assert not processor.has_wide_vectors()
     assert processor.processor_name()

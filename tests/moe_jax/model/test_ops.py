@@ -16,7 +16,7 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("options", [{}, compiler_options()], ids=["plain", "as served"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 40), (6, 7), (64, 1), (12, 4096), (1023, 33)])
-def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options, matrix_units):
+def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options, any_processor):
     weight, columns = draw(0, rows, inputs), draw(1, inputs, tokens)
     wide = np.asarray(weight, np.float64), np.asarray(columns, np.float64)
     expected, room = wide[0] @ wide[1], 1e-6 * (np.abs(wide[0]) @ np.abs(wide[1]))
@@ -28,7 +28,7 @@ def test_bfloat16_products_are_summed_in_float32(rows, inputs, tokens, options, 
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 6])
-def test_a_column_of_nan_leaves_the_others_alone(tokens, matrix_units):
+def test_a_column_of_nan_leaves_the_others_alone(tokens, any_processor):
     weight, columns = draw(0, 64, 128), draw(1, 128, tokens).at[:, 1].set(jnp.nan)
     multiply = jax.jit(multiply_columns, compiler_options=compiler_options())
     nan = np.isnan(np.asarray(multiply(weight, columns)))
@@ -36,7 +36,7 @@ def test_a_column_of_nan_leaves_the_others_alone(tokens, matrix_units):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 128])
-def test_a_gated_product_is_the_same_in_every_form(tokens, matrix_units):
+def test_a_gated_product_is_the_same_in_every_form(tokens, any_processor):
     gate_up, down, x = draw(0, 48, 40), draw(1, 40, 24), draw(2, tokens, 40)
     run = jax.jit(gated_ffn, static_argnums=3, compiler_options=compiler_options())
     gate, up = np.split(np.asarray(x, np.float32) @ np.asarray(gate_up, np.float32).T, 2, axis=1)
@@ -50,7 +50,7 @@ def test_a_gated_product_is_the_same_in_every_form(tokens, matrix_units):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 7, 16, 64, 128])
-def test_no_weight_is_converted_to_float32(tokens, matrix_units):
+def test_no_weight_is_converted_to_float32(tokens, any_processor):
     """XLA:CPU does so for most forms of a product, at a tenth of the speed."""
     gate_up, down, x = draw(0, 1024, 256), draw(1, 256, 512), draw(2, tokens, 256)
 
