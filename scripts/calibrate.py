@@ -119,12 +119,14 @@ def text(result: dict[str, Any]) -> str:
 
 
 def warnings_of(result: dict[str, Any]) -> list[str]:
-    """A line for each small count at which the host is slow."""
+    """A line for each small count at which the host was seen to be slow."""
     lines = [
         f"SLOW: with {row['tokens']} token(s) the host reads weights at "
         f"{row['share_of_read_limit']:.0%} of the read limit, below {GOOD_SHARE:.0%}"
         for row in result["rows"]
-        if row["tokens"] <= FEW_TOKENS and row["share_of_read_limit"] < GOOD_SHARE
+        if row["tokens"] <= FEW_TOKENS
+        and row["host_measured"]
+        and row["share_of_read_limit"] < GOOD_SHARE
     ]
     reading = result["expert_bytes"] / result["read_bytes_per_second"]
     if lines and reading < SHORT_SECONDS:

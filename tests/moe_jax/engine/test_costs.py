@@ -211,6 +211,8 @@ def test_the_script_prints_a_table(tiny, monkeypatch, capsys):
         str(size) for size in SIZES
     ]
     assert "* inferred from other counts" in printed
+    slow = [line for line in printed.splitlines() if line.startswith("SLOW")]
+    assert all("with 1 token(s)" in line for line in slow), "the others were not measured"
 
 
 def test_the_script_times_experts_kept_in_8_bits(tiny, monkeypatch, capsys):
