@@ -52,7 +52,7 @@ _TIMER_NOISE = 20e-6
 _PROBES = 3
 
 # One program: its operations one by one would each be compiled, and take a second of the few.
-_dispatch = jax.jit(dispatch, static_argnums=(2, 3))
+_compiled_dispatch = jax.jit(dispatch, static_argnums=(2, 3))
 
 
 class ExpertTiming:
@@ -219,7 +219,7 @@ class ExpertTiming:
         """`size` tokens for each of some experts of a group, from the first on, round."""
         owner = (first + np.arange(tokens, dtype=np.int32) // size) % self.group
         valid = np.arange(tokens) < experts * size
-        return _dispatch(owner[:, None], valid, self.group, self._widths(size))
+        return _compiled_dispatch(owner[:, None], valid, self.group, self._widths(size))
 
     def _run_resident(
         self,

@@ -135,10 +135,10 @@ def _many_queries(
     dtype, bits = query.dtype, jnp.pad(as_bits(query), ((0, large), (0, 0), (0, 0)))
 
     def work(
-        size: int, first: Array, ends: Array, item: Array, results: tuple[Array, Array]
+        size: int, origin: Array, ends: Array, item: Array, results: tuple[Array, Array]
     ) -> tuple[Array, Array]:
         seq = jnp.sum(ends <= item)
-        start = first[seq] + item * size
+        start = origin[seq] + item * size
         token = start + jnp.arange(size, dtype=jnp.int32)
         real = token < query_starts[seq + 1]
         position = kv_lengths[seq] - query_starts[seq + 1] + token
@@ -167,7 +167,8 @@ def _many_queries(
         (_FEW_QUERIES, query_starts[1:] - left, small),
     ):
         ends = jnp.cumsum(blocks)
-        run = functools.partial(work, size, first - (ends - blocks) * size, ends)
+        origin = first - (ends - blocks) * size  # where a sequence's item 0 would start
+        run = functools.partial(work, size, origin, ends)
         results = jax.lax.fori_loop(0, ends[-1], run, results)
     output, log_sum_exp = results
     return from_bits(output[:tokens], dtype), log_sum_exp[:tokens]
