@@ -1,18 +1,11 @@
-"""A tiny checkpoint for all, and costs measured only as far as must be: nothing depends on them."""
+"""A tiny checkpoint for all, whose engines are told what experts cost."""
 
 from pathlib import Path
 
 import pytest
 
-from moe_jax.engine import expert_timing
+from tests.calibrations import known_costs  # noqa: F401
 from tests.moe_jax.tiny_checkpoint import write_tiny_checkpoint
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_calibration():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_timing, "SECONDS", 0.0)
-        yield
 
 
 @pytest.fixture(scope="session")

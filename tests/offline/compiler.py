@@ -18,6 +18,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from jaxlib import xla_client
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked about a TPU
+if "optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    raise RuntimeError("programs are to be proven as they are served: pytest --compile served")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock file: no TPU is opened
 
 Target = Literal["h200", "v5e"]

@@ -58,6 +58,14 @@ def start(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def together(monkeypatch):
+    """What is measured shares this process: jax is there, and the costs of experts are known."""
+    call = lambda function, *arguments, seconds=None: function(*arguments)
+    monkeypatch.setattr(bench_offload, "run_apart", call)
+
+
+@pytest.mark.usefixtures("together")
 def test_a_way_is_measured_and_what_is_not_installed_is_said(start, monkeypatch, capsys):
     monkeypatch.setattr(ways, "find_spec", lambda name: None)
     code, result = start("--ways", "transformers", "plan")
@@ -76,6 +84,7 @@ def test_a_way_is_measured_and_what_is_not_installed_is_said(start, monkeypatch,
     assert "* transformers: torch, transformers not installed" in text
 
 
+@pytest.mark.usefixtures("together")
 def test_halves_of_experts_are_measured(start, tmp_path):
     sizes = {"max_tokens": 2 * (ways.PROMPT + 2) + 16, "max_seqs": 2}
     budget = device_memory_for(tmp_path / "checkpoint", experts=0.5, expert_pieces=2, **sizes)

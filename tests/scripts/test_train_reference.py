@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +13,24 @@ pytest.importorskip("optax", reason="needs the train extra")
 import moe_jax
 from moe_jax.evaluate.corpus import read_library, split_documents
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_reference.py"
 SMALL = {"vocab": 400, "embed": 32, "layers": 2, "heads": 2, "head-dim": 16, "ffn": 16}
 
 
-def run(*arguments: str) -> list[dict]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
+@pytest.fixture
+def train(run):
+    return lambda *arguments: run("train_reference.py", *arguments)
+
+
+@pytest.fixture
+def steps(train):
+    """The steps that a run reports."""
+
+    def steps(*arguments: str) -> list[dict]:
+        done = train(*arguments)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]
+
+    return steps
 
 
 @pytest.fixture
@@ -36,27 +43,26 @@ def corpus(tmp_path) -> Path:
     return tmp_path / "library"
 
 
-def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path):
+def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path, train, steps):
     sizes = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
     common = ["--corpus", str(corpus), "--tokens", "1024", "--report-every", "1", *sizes]
     common += ["--save-every", "2", "--out", str(tmp_path / "out")]
-    first = run(*common, "--steps", "3")
+    first = steps(*common, "--steps", "3")
     assert [line["step"] for line in first] == [1, 2, 3]
     assert "held_out_bits_per_byte" in first[1] and "held_out_bits_per_byte" in first[2]
     shutil.rmtree(tmp_path / "out" / "states" / "3")
-    again = run(*common, "--steps", "3")
+    again = steps(*common, "--steps", "3")
     assert [line["step"] for line in again] == [3]
     same = ("training_bits_per_byte", "answer_nats", "held_out_bits_per_byte")
     assert [again[0][name] for name in same] == [first[2][name] for name in same]
-    assert run(*common, "--steps", "3") == []
+    assert steps(*common, "--steps", "3") == []
     settings, *lines = (tmp_path / "out" / "training.jsonl").read_text().splitlines()
     assert "settings" in json.loads(settings)
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    other = subprocess.run([sys.executable, str(SCRIPT), *common, "--seed", "1"],
-                           capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    other = train(*common, "--seed", "1")
     assert other.returncode == 1 and "was begun with --seed 0, not 1" in other.stderr
     mean = ["--start-from", str(tmp_path / "out"), str(tmp_path / "out"), "--steps", "0"]
-    assert run(*common[:-1], str(tmp_path / "mean"), *mean) == []
+    assert steps(*common[:-1], str(tmp_path / "mean"), *mean) == []
     of_both, of_one = (
         load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("mean", "out")
     )
@@ -77,7 +83,6 @@ def test_a_stopped_run_goes_on_and_what_it_writes_can_be_loaded(corpus, tmp_path
         (["--curve", "x.png"], "--curve draws a log; name it with --log"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(arguments, message):
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments],
-                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(train, arguments, message):
+    done = train(*arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

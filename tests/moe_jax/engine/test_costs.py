@@ -31,7 +31,8 @@ def config(tiny):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty cache, on disk and in the process."""
+    """An empty cache, on disk and in the process, and costs that have to be measured."""
+    monkeypatch.setattr(costs, "ExpertTiming", ExpertTiming)
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(costs, "_checked", {})
     return tmp_path / "cache" / "calibration"

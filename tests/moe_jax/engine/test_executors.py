@@ -14,7 +14,7 @@ from moe_jax.model.driven import DrivenProgram
 from tests.moe_jax.engine.conftest import share_evenly
 
 SIZES = {"dtype": "float32", "max_tokens": 64, "max_seqs": 2}
-TOKENS = np.random.default_rng(7).integers(1, 300, 40)
+TOKENS = np.random.default_rng(7).integers(1, 300, 28)
 PROMPTS = [TOKENS[:9].tolist(), TOKENS[9:13].tolist()]
 
 

@@ -14,6 +14,15 @@ from moe_jax.engine.sizing import device_memory_for, read_dtype
 TOKENS = np.random.default_rng(6).integers(1, 300, (2, 20))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What was there before is not looked through each time garbage is collected here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
