@@ -16,16 +16,16 @@ def evaluate(run):
 
 def test_results_are_printed_and_written_and_a_requirement_can_fail(evaluate, tmp_path):
     table, file = tmp_path / "table.md", tmp_path / "results.json"
-    limits = "recall=1.01,copying=0,perplexity=2"
-    done = evaluate("--quick", "--tasks", "copying,recall,perplexity", "--require", limits,
+    limits = "copying=1.01,drift=1,perplexity=2"
+    done = evaluate("--quick", "--tasks", "drift,copying,perplexity", "--require", limits,
                "--markdown", str(table), "--json", str(file))  # fmt: skip
-    assert done.returncode == 1 and "FAILS: recall is" in done.stderr, done.stderr
-    assert "FAILS: perplexity is" in done.stderr and "copying is" not in done.stderr
+    assert done.returncode == 1 and "FAILS: copying is" in done.stderr, done.stderr
+    assert "FAILS: perplexity is" in done.stderr and "drift is" not in done.stderr
     assert done.stdout == table.read_text()
-    assert "| recall | all |" in done.stdout and "24 questions" in done.stdout
+    assert "| copying | all |" in done.stdout and "8 questions" in done.stdout
     results = json.loads(file.read_text())
     assert results["arguments"]["quick"] and results["arguments"]["host_dtype"] is None
-    assert [row["task"] for row in results["results"]] == ["copying", "recall", "perplexity"]
+    assert [row["task"] for row in results["results"]] == ["drift", "copying", "perplexity"]
 
 
 def test_the_quick_form_is_a_gate_for_the_embedded_model(evaluate, tmp_path):
