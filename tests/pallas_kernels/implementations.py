@@ -1,6 +1,6 @@
-"""Which implementations of an operation this machine can run, and programs that run them."""
+"""Which implementations of an operation this machine can run, as test parameters."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import jax
 import pytest
@@ -20,22 +20,3 @@ def runnable(names: Iterable[str]) -> list:
         elif not name.endswith("_interpret") or backend == "cpu":
             parameters.append(name)
     return parameters
-
-
-def jit_by_implementation(function: Callable, static: Sequence[str]) -> Callable:
-    """Compiles a function with an argument `implementation`.
-
-    Code that nobody runs for its speed is not optimised, which takes longer than running it.
-    """
-    names = ("implementation", *static)
-    plain = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    quick, served = (
-        jax.jit(function, static_argnames=names, compiler_options=options)
-        for options in (plain, None)
-    )
-
-    def call(*arguments, implementation: str, **named):
-        shown = implementation == "reference" or implementation.endswith("_interpret")
-        return (quick if shown else served)(*arguments, implementation=implementation, **named)
-
-    return call

@@ -3,18 +3,20 @@
 Knows what the operation means, and nothing about how it is computed.
 """
 
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
-from tests.pallas_kernels.implementations import jit_by_implementation, runnable
+from tests.pallas_kernels.implementations import runnable
 from tests.tolerances import assert_close
 
 implementations = pytest.mark.parametrize("implementation", runnable(IMPLEMENTATIONS))
-multiply = jit_by_implementation(grouped_matmul, static=("gated",))
+multiply = functools.partial(jax.jit, static_argnames=("implementation", "gated"))(grouped_matmul)
 
 
 def check(sizes, unused_rows, dtype, implementation, seed=0, width=(24, 40), **options):

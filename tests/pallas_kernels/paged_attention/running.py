@@ -2,11 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, paged_attention
-from tests.pallas_kernels.implementations import jit_by_implementation, runnable
+from tests.pallas_kernels.implementations import runnable
 from tests.pallas_kernels.paged_attention.cases import Case, by_hand
 from tests.tolerances import assert_close
 
@@ -14,10 +15,12 @@ SCALE = 0.125
 implementations = pytest.mark.parametrize("implementation", runnable(IMPLEMENTATIONS))
 
 
-attend = jit_by_implementation(
-    functools.partial(paged_attention, scale=SCALE, return_log_sum_exp=True),
-    static=("max_query_length", "sliding_window", "soft_cap"),
+@functools.partial(
+    jax.jit,
+    static_argnames=("max_query_length", "implementation", "sliding_window", "soft_cap"),
 )
+def attend(*arrays, **options):
+    return paged_attention(*arrays, scale=SCALE, return_log_sum_exp=True, **options)
 
 
 def run(case: Case, arrays, implementation: str, **options):

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ from pallas_kernels.bits import as_bits
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.shapes import HEADS
 from tests.pallas_kernels.paged_attention.cases import Case
-from tests.pallas_kernels.paged_attention.running import SCALE, check, implementations, run
+from tests.pallas_kernels.paged_attention.running import SCALE, attend, check, implementations, run
 from tests.tolerances import assert_close
 
 CASES = {
@@ -181,15 +179,13 @@ def test_lengths_and_tables_do_not_recompile(max_query_length):
 @pytest.mark.parametrize("max_query_length", [1, 64])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint16])
 def test_the_capacity_of_the_cache_costs_no_memory(dtype, max_query_length):
-    attend = functools.partial(
-        paged_attention, scale=SCALE, max_query_length=max_query_length, implementation="xla"
-    )
-
     def temporaries(pages, pages_per_seq):
         query = jax.ShapeDtypeStruct((64, 4, 64), {jnp.float32: dtype}.get(dtype, jnp.bfloat16))
         keys = jax.ShapeDtypeStruct((pages, 16, 2, 64), dtype)
         integers = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, pages_per_seq), (3,), (2,))]
-        lowered = jax.jit(attend).lower(query, keys, keys, *integers)
+        lowered = attend.lower(
+            query, keys, keys, *integers, max_query_length=max_query_length, implementation="xla"
+        )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192, 2048) <= temporaries(64, 32) + (1 << 16)
