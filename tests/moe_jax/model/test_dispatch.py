@@ -1,19 +1,18 @@
 """Tokens into expert order and back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.model.dispatch import (
-    block_widths,
-    combine,
-    dispatch,
-    gather_rows,
-    num_blocks,
-    num_rows,
-)
+from moe_jax.model import dispatch as dispatching
+from moe_jax.model.dispatch import block_widths, num_blocks, num_rows
+
+# One program each: operation by operation they would take a second to compile.
+dispatch = jax.jit(dispatching.dispatch, static_argnums=(2, 3))
+gather_rows, combine = jax.jit(dispatching.gather_rows), jax.jit(dispatching.combine)
 
 
 def draw_choices(seed, tokens, choices, experts):

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from host_offload.memory import sharding
-from moe_jax.model.dispatch import block_widths, dispatch, gather_rows
+from moe_jax.model import dispatch as dispatching
+from moe_jax.model.dispatch import block_widths, gather_rows
 from moe_jax.model.experts import Expert
 from moe_jax.model.ops import gated_ffn
 from moe_jax.model.streamed import run_streamed
 from tests.tolerances import assert_close
 
 EXPERTS, SLOTS, EMBED, FFN = 7, 2, 8, 12
+dispatch = jax.jit(dispatching.dispatch, static_argnums=(2, 3))
 
 
 def apply(expert, rows):
@@ -40,7 +42,7 @@ def test_adds_the_results_of_the_chosen_experts_and_leaves_the_rest(backend, tok
     x = jnp.asarray(rng.standard_normal((tokens, EMBED), np.float32))
     choices = np.stack([rng.permutation(EXPERTS)[:3] for _ in range(tokens)]).astype(np.int32)
     widths = block_widths(tokens, 3, EXPERTS)
-    where = dispatch(jnp.asarray(choices), jnp.ones(tokens, bool), EXPERTS, widths)
+    where = dispatch(choices, np.ones(tokens, bool), EXPERTS, widths)
     rows = gather_rows(x, where)
     before = jnp.asarray(rng.standard_normal(rows.shape, np.float32))
     counts, ends = np.asarray(where.counts), np.cumsum(where.used)
@@ -66,7 +68,8 @@ def test_experts_that_are_not_chosen_are_never_read(monkeypatch):
     pairs = [pair if e in (1, 3) else poison(pair) for e, pair in enumerate(arrays())]
     host = in_host_memory(pairs)
     choices = jnp.asarray([[1 + SLOTS, 3 + SLOTS], [3 + SLOTS, 0]], jnp.int32)
-    where = dispatch(choices, jnp.ones(2, bool), EXPERTS, block_widths(2, 2, EXPERTS))
+    widths = block_widths(2, 2, EXPERTS)
+    where = dispatch(choices, np.ones(2, bool), EXPERTS, widths)
     rows = gather_rows(jnp.ones((2, EMBED), jnp.float32), where)
     chosen = jnp.asarray([1, 3, 0, 0, 0], jnp.int32)
     run = jax.jit(functools.partial(run_streamed, apply, host, slots=SLOTS))

@@ -21,6 +21,7 @@ solvers = {name: jax.jit(partial(plan_pieces, planner)) for name, planner in PLA
 cut = solvers["plan"]
 whole = jax.jit(plan_layer)
 bound_of = jax.jit(lp_bound)
+played = jax.jit(lambda *plan: piece_seconds(*plan).layer(plan[3]))
 
 
 def make_curves(host, device, stream, launch=0.0, latency=0.0, memory=0.0, beside=(1.0, 1.0)):
@@ -101,6 +102,7 @@ def solve(counts, resident, expert, pieces, solver=cut):
     """Pieces streamed of each expert, and seconds, after checking that the plan is what it says."""
     plan = solver(counts, resident, expert, pieces)
     modes = np.asarray(plan.mode).reshape(EXPERTS, pieces.count)
+    instance = counts, resident
     counts, resident = counts.tolist(), resident.tolist()
     streamed = (modes == Mode.STREAM).sum(1).tolist()
     hosted = (modes == Mode.HOST).sum(1)
@@ -112,8 +114,7 @@ def solve(counts, resident, expert, pieces, solver=cut):
     assert int(plan.streams) == sum(streamed)
     seconds = float(plan.predicted)
     assert seconds == makespan(counts, resident, expert, pieces, streamed)
-    played = piece_seconds(plan.mode, jnp.asarray(counts), jnp.asarray(resident), expert, pieces)
-    assert float(played.layer(expert)) == seconds
+    assert float(played(plan.mode, *instance, expert, pieces)) == seconds
     return streamed, seconds, float(plan.lower_bound)
 
 
