@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.bits import as_bits, from_bits
 
+# Up to so many a sort and its scatters take longer than comparing each with each.
+_FEW_PAIRS = 32
+
 
 @no_type_check  # jax rebuilds it with other leaves in the fields
 @jax.tree_util.register_dataclass
@@ -99,8 +102,7 @@ def dispatch(
     rows = num_rows(tokens, choices, num_experts, widths)
     pairs, largest = tokens * choices, widths[-1]
     flat = jnp.where(valid[:, None], experts, num_experts).reshape(pairs)
-    order = jnp.argsort(flat, stable=True)
-    counts = jnp.bincount(flat, length=num_experts)
+    rank, counts = (_rank_few if pairs <= _FEW_PAIRS else _rank)(flat, num_experts)
     full, rest = counts // largest, counts % largest
     width_of = jnp.asarray(widths, jnp.int32)
     last_width = (rest[:, None] > width_of[None, :]).sum(axis=1, dtype=jnp.int32)
@@ -108,30 +110,45 @@ def dispatch(
     used = full * largest + jnp.where(rest > 0, width_of[last_width], 0)
     last_block = jnp.cumsum(used_blocks)
     first_block, first_row = last_block - used_blocks, jnp.cumsum(used) - used
-    # Rank of a pair inside its expert, then its row: the expert's first one plus that rank.
-    sorted_expert = flat[order]
-    start = jnp.append(jnp.cumsum(counts) - counts, jnp.int32(0))[sorted_expert]
-    first = jnp.append(first_row, jnp.int32(rows))[sorted_expert]
-    rank = jnp.arange(pairs, dtype=jnp.int32) - start
-    row = jnp.where(sorted_expert < num_experts, first + rank, rows)
-    token = (order // choices).astype(jnp.int32)
-    source = jnp.full(rows, tokens, jnp.int32).at[row].set(token, mode="drop")
-    position = jnp.zeros(pairs, jnp.int32).at[order].set(row)
+    row = jnp.append(first_row, jnp.int32(rows))[flat] + rank
+    row = jnp.where(flat < num_experts, row, rows)
+    token = jnp.arange(pairs, dtype=jnp.int32) // choices
     block = jnp.arange(blocks, dtype=jnp.int32)
     block_expert = (last_block[None, :] <= block[:, None]).sum(axis=1).astype(jnp.int32)
     owner = jnp.minimum(block_expert, num_experts - 1)
-    rank = block - first_block[owner]
+    order = block - first_block[owner]
     return Dispatch(
         counts=counts,
         used=used,
         first_block=first_block,
         block_expert=block_expert,
-        block_start=first_row[owner] + rank * largest,
-        block_width=jnp.where(rank < full[owner], len(widths) - 1, last_width[owner]),
-        source=source,
-        position=position.reshape(tokens, choices),
+        block_start=first_row[owner] + order * largest,
+        block_width=jnp.where(order < full[owner], len(widths) - 1, last_width[owner]),
+        source=jnp.full(rows, tokens, jnp.int32).at[row].set(token, mode="drop"),
+        position=row.reshape(tokens, choices),
         widths=widths,
     )
+
+
+def _rank(
+    flat: Int[Array, " pairs"], num_experts: int
+) -> tuple[Int[Array, " pairs"], Int[Array, " experts"]]:
+    """Each pair's place among those of its expert, and how many these are."""
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=num_experts)
+    start = jnp.append(jnp.cumsum(counts) - counts, jnp.int32(0))[flat]
+    place = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    return place - start, counts
+
+
+def _rank_few(
+    flat: Int[Array, " pairs"], num_experts: int
+) -> tuple[Int[Array, " pairs"], Int[Array, " experts"]]:
+    """`_rank` without sorting: of few pairs, each can look at all others."""
+    before = jnp.tri(flat.size, k=-1, dtype=bool)
+    rank = ((flat[:, None] == flat[None, :]) & before).sum(axis=1, dtype=jnp.int32)
+    counts = (jnp.arange(num_experts)[:, None] == flat[None, :]).sum(axis=1, dtype=jnp.int32)
+    return rank, counts
 
 
 def gather_rows(x: Float[Array, "tokens embed"], where: Dispatch) -> Float[Array, "rows embed"]:

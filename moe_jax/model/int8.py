@@ -53,7 +53,7 @@ def multiply_int8(
 ) -> Int32[Array, "tokens out"]:
     """Returns x · weightᵀ, exactly. No sum may exceed int32: at most 133,000 inputs."""
     if x.shape[0] <= most_summed() and runs_on_cpu(weight):
-        return sum_products(weight, x.T, jnp.int32, row_groups(weight)).T
+        return sum_products(weight, x.T, jnp.int32, row_groups(weight, x.shape[0])).T
     dot = functools.partial(
         lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),

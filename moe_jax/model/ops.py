@@ -26,7 +26,8 @@ def multiply_columns(
     For the few columns of a decode step there is a faster form.
     """
     if _are_few(columns.shape[1], weight):
-        return sum_products(weight, columns, jnp.float32, row_groups(weight))
+        groups = row_groups(weight, columns.shape[1])
+        return sum_products(weight, columns, jnp.float32, groups)
     return _dot(weight, columns, 0)
 
 
@@ -68,17 +69,17 @@ def most_summed() -> int:
     return 1 if has_matrix_units() else FEW_TOKENS
 
 
-def row_groups(weight: Shaped[Array, "out in"]) -> int:
+def row_groups(weight: Shaped[Array, "out in"], columns: int) -> int:
     """How many rows of a weight of 8 or 16 bits `sum_products` reads side by side.
 
-    As measured: eight on processors with matrix units, else four, but two of short rows of 16 bits
-    where vectors are wide. The columns of long rows leave the nearest cache and are read once per
-    group.
+    As measured: eight on processors with matrix units, else four, but two where vectors are wide
+    and columns few, unless rows of 16 bits are long. The columns of long rows leave the nearest
+    cache and are read once per group.
     """
     if has_matrix_units():
         return 8
-    short = weight.dtype.itemsize == 2 and weight.shape[1] <= 2048
-    return 2 if short and has_wide_vectors() else 4
+    short = weight.dtype.itemsize == 1 or weight.shape[1] <= 2048
+    return 2 if short and columns <= 2 and has_wide_vectors() else 4
 
 
 def sum_products(

@@ -15,7 +15,6 @@ from moe_jax.model.int8 import (
     quantize_rows,
 )
 from moe_jax.model.ops import gated_ffn
-from tests.moe_jax.model.conftest import PROCESSORS
 
 
 def draw(seed, *shape, dtype=jnp.float32):
@@ -27,10 +26,6 @@ def make_expert(embed, ffn):
     return Int8Expert(*quantize_rows(gate_up), *quantize_rows(down)), gate_up, down
 
 
-# How wide vectors are matters to weights of 16 bits only.
-@pytest.mark.parametrize(
-    "any_processor", [PROCESSORS[name] for name in ("plain", "matrix units")], indirect=True
-)
 @pytest.mark.parametrize("options", [{}, compiler_options()], ids=["plain", "as served"])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 40, 128])
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 40), (6, 7), (64, 1), (12, 4096), (1023, 33)])
