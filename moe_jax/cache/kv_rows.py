@@ -108,11 +108,8 @@ class KvRows:
         """
         by_row = np.zeros(self._rows, np.int32)
         by_row[list(counts)] = list(counts.values())
-        before = np.asarray(self._pool.lengths)
-        new = int((-(-(before + by_row) // PAGE_SIZE) + before // -PAGE_SIZE).sum())
-        self._evict(new - free_pages(self._pool))
         pool, copies, short = append(self._pool, by_row)
-        while int(short) and self._index.idle:  # copies need pages as well
+        while int(short) and self._index.idle:
             self._evict(int(short))
             pool, copies, short = append(self._pool, by_row)
         if int(short):
@@ -153,7 +150,7 @@ class KvRows:
 
     def shorten(self, lengths: Mapping[int, int]) -> None:
         """Drops the last tokens of rows that hold more than this."""
-        before = np.asarray(self._pool.lengths)
+        before = self._pool.lengths
         shorter = {row: length for row, length in lengths.items() if length < before[row]}
         if shorter:
             by_row = before.copy()
@@ -177,7 +174,7 @@ class KvRows:
         held = set(np.flatnonzero(np.asarray(self._pool.held)).tolist())
         if (listed := self._index.pages) != held:
             wrong.append(f"pages {sorted(listed ^ held)} are either listed or held, not both")
-        lengths = np.asarray(self._pool.lengths)
+        lengths = self._pool.lengths
         wrong += [f"row {row} is unused and holds tokens" for row in self._unused if lengths[row]]
         if len(set(self._unused)) < len(self._unused):
             wrong.append(f"a row is unused twice: {self._unused}")

@@ -2,11 +2,12 @@
 
 Knows page numbers and token counts; not what is in a page, and not which request a row serves. The
 arrays live on the host's own device, so that reading them never waits for the accelerator. Every
-change checks its arguments, then runs one small program, compiled once per shape of the pool.
+change checks its arguments, then runs one small program, compiled once per shape of the pool; only
+rows that grow inside pages of their own, as in most steps of decoding, need none.
 Arguments are copied: XLA:CPU may use a numpy array where it is, after the caller has changed it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import no_type_check
 
 import jax
@@ -30,13 +31,13 @@ class PagePool:
       references: of each page, the rows that name it, and one more if it is held; 0: it is free.
       held: whether the prefix index lists the page.
       block_tables: the pages of each row in order; entries past them are `pages`: no page.
-      lengths: tokens of each row.
+      lengths: tokens of each row; in numpy, for they change at every step.
     """
 
     references: Int32[Array, " pages"]
     held: Bool[Array, " pages"]
     block_tables: Int32[Array, "rows pages_per_row"]
-    lengths: Int32[Array, " rows"]
+    lengths: Int32[Array | np.ndarray, " rows"]  # an Array inside programs only
 
 
 def empty_pool(pages: int, rows: int, pages_per_row: int) -> PagePool:
@@ -46,11 +47,13 @@ def empty_pool(pages: int, rows: int, pages_per_row: int) -> PagePool:
         references=on_host(np.zeros(pages, np.int32)),
         held=on_host(np.zeros(pages, bool)),
         block_tables=on_host(np.full((rows, pages_per_row), pages, np.int32)),
-        lengths=on_host(np.zeros(rows, np.int32)),
+        lengths=np.zeros(rows, np.int32),
     )
 
 
-def append(pool: PagePool, counts: Rows) -> tuple[PagePool, PageCopies, Int32[Array, ""]]:
+def append(
+    pool: PagePool, counts: Rows
+) -> tuple[PagePool, PageCopies, Int32[Array | np.ndarray | np.generic, ""]]:
     """Rows grow by `counts` tokens, in pages that no other row and no index can read.
 
     New pages are the lowest that are free, given to rows in order. If others refer to the partly
@@ -63,7 +66,7 @@ def append(pool: PagePool, counts: Rows) -> tuple[PagePool, PageCopies, Int32[Ar
     Raises ValueError if a count is negative or a row would outgrow its block table.
     """
     counts = np.array(counts, np.int32)
-    lengths = np.asarray(pool.lengths) + counts
+    lengths = pool.lengths + counts
     capacity = pool.block_tables.shape[1] * PAGE_SIZE
     if counts.min() < 0 or lengths.max() > capacity:
         row = int(counts.argmin() if counts.min() < 0 else lengths.argmax())
@@ -71,7 +74,26 @@ def append(pool: PagePool, counts: Rows) -> tuple[PagePool, PageCopies, Int32[Ar
             f"row {row} cannot grow by {counts[row]} tokens to {lengths[row]}: its block table "
             f"holds {capacity}; end the sequence, or truncate() it to drop tokens"
         )
-    return _append(pool, counts)
+    if _have_room(pool, counts):
+        no_page = np.full(counts.size, pool.references.shape[0], np.int32)
+        return replace(pool, lengths=lengths), PageCopies(no_page, no_page), np.int32(0)
+    pool, copies, short = _append(pool, counts)
+    return _changed(pool), copies, short
+
+
+def _have_room(pool: PagePool, counts: Int[np.ndarray, " rows"]) -> bool:
+    """Whether all rows that grow do so in a page that they have and that nobody else refers to."""
+    (rows,) = counts.nonzero()
+    before = pool.lengths[rows]
+    last = np.asarray(pool.block_tables)[rows, before // PAGE_SIZE]
+    offset = before % PAGE_SIZE
+    fit = (offset > 0) & (offset + counts[rows] <= PAGE_SIZE)
+    return bool(fit.all() and (np.asarray(pool.references)[last] == 1).all())
+
+
+def _changed(pool: PagePool) -> PagePool:
+    """What a program returned."""
+    return replace(pool, lengths=np.asarray(pool.lengths))
 
 
 @jax.jit
@@ -124,7 +146,7 @@ def fork(pool: PagePool, parent: Rows) -> PagePool:
     parent = np.array(parent, np.int32)
     rows = pool.lengths.shape[0]
     _check_range("parent", parent, rows, "the number of rows, which makes a row empty")
-    return _fork(pool, parent)
+    return _changed(_fork(pool, parent))
 
 
 @jax.jit
@@ -143,7 +165,7 @@ def _fork(pool, parent):
 def release(pool: PagePool, gone: Bool[Array | np.ndarray, " rows"]) -> PagePool:
     """These rows become empty."""
     rows = pool.lengths.shape[0]
-    return _fork(pool, np.where(gone, rows, np.arange(rows)).astype(np.int32))
+    return _changed(_fork(pool, np.where(gone, rows, np.arange(rows)).astype(np.int32)))
 
 
 def adopt(
@@ -154,14 +176,14 @@ def adopt(
     Raises ValueError if the row is not empty, or one of the pages is free or named twice.
     """
     pages = np.array(pages, np.int32)
-    if not 0 <= row < pool.lengths.shape[0] or int(np.asarray(pool.lengths)[row]):
+    if not 0 <= row < pool.lengths.shape[0] or int(pool.lengths[row]):
         raise ValueError(
             f"row {row} is not an empty row of {pool.lengths.shape[0]}; release() it first"
         )
     if not 0 <= count <= pages.size:
         raise ValueError(f"a row of {pages.size} pages cannot adopt {count}")
     _check_pages(pages[:count], np.asarray(pool.references) > 0, "adopted", "free")
-    return _adopt(pool, np.int32(row), pages, np.int32(count))
+    return _changed(_adopt(pool, np.int32(row), pages, np.int32(count)))
 
 
 @jax.jit
@@ -181,7 +203,7 @@ def truncate(pool: PagePool, lengths: Rows) -> PagePool:
 
     Raises ValueError if a row does not have that many.
     """
-    lengths, old = np.array(lengths, np.int32), np.asarray(pool.lengths)
+    lengths, old = np.array(lengths, np.int32), pool.lengths
     wrong = np.flatnonzero((lengths < 0) | (lengths > old))
     if wrong.size:
         row = wrong[0]
@@ -189,7 +211,7 @@ def truncate(pool: PagePool, lengths: Rows) -> PagePool:
             f"row {row} of {old[row]} tokens cannot be truncated to {lengths[row]}; "
             "append() adds tokens"
         )
-    return _truncate(pool, lengths)
+    return _changed(_truncate(pool, lengths))
 
 
 @jax.jit
@@ -215,7 +237,7 @@ def hold(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> PagePool:
     _check_pages(pages, np.asarray(pool.references) > 0, "held", "free")
     _check_pages(pages, ~held, "held", "held already")
     held[pages] = True
-    return _set_held(pool, held)
+    return _changed(_set_held(pool, held))
 
 
 def unhold(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> PagePool:
@@ -226,7 +248,7 @@ def unhold(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> PagePoo
     held, pages = np.array(pool.held), _named(pool, pages)
     _check_pages(pages, held, "given up", "not held")
     held[pages] = False
-    return _set_held(pool, held)
+    return _changed(_set_held(pool, held))
 
 
 @jax.jit
@@ -243,7 +265,7 @@ def free_pages(pool: PagePool) -> int:
 def violations(pool: PagePool) -> list[str]:
     """What is inconsistent; empty unless there is a bug."""
     references, held = np.asarray(pool.references), np.asarray(pool.held)
-    tables, lengths = np.asarray(pool.block_tables), np.asarray(pool.lengths)
+    tables, lengths = np.asarray(pool.block_tables), pool.lengths
     pages, (rows, pages_per_row) = references.size, tables.shape
     wrong = []
     if held.shape != (pages,) or lengths.shape != (rows,):

@@ -164,9 +164,6 @@ class EngineLoop:
     def _guarded_step(self) -> bool:
         self._stepping = ()
         try:
-            with hold_interrupts():
-                self._queue_submitted()
-                self._drop_cancelled()
             return self._step()
         except Exception as error:
             with hold_interrupts():
@@ -183,6 +180,8 @@ class EngineLoop:
     def _step(self) -> bool:
         began = time.perf_counter()
         with hold_interrupts():
+            self._queue_submitted()
+            self._drop_cancelled()
             self._mend()
             run = self.seating.schedule()
             if not run:
@@ -194,6 +193,7 @@ class EngineLoop:
         if copies is not None:
             self.runner.copy_pages(copies)
         logits = self.runner.step(batch, wanted)
+        self._observer.catch_up()  # while the device works
         texts = {job: own for job, own in places.items() if isinstance(job, Continuation)}
         groups = {job: own for job, own in places.items() if isinstance(job, BeamGroup)}
         drawn = self._sampler.draw(texts, logits) if texts else {}

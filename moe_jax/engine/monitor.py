@@ -3,9 +3,11 @@
 Knows reports and seconds; never runs anything.
 """
 
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -36,63 +38,49 @@ class StepTime:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Foreseen:
-    """A step as the curves have it, before correction.
+class Monitor:
+    """Totals and corrections of one engine.
 
-    Attributes:
-      seconds: what it should take.
-      busy: seconds of work of each resource, dense weights included.
+    What it is told waits until somebody asks, or tells it to catch up: the engine does so while the
+    device works on the next step.
     """
 
-    seconds: float
-    busy: dict[str, float]
-
-
-class Monitor:
-    """Totals and corrections of one engine."""
-
     def __init__(self, memory: MemoryPlan, curves: CostCurves):
+        self._waiting: deque[tuple[StepTime | None, Sequence[StepReport]]] = deque()
+        self._lock = threading.Lock()
         self._totals = Stats(expert_bytes=memory.host_expert_bytes)
         self._curves = curves
         # Dense weights are taken to cost what a resident expert's do, byte for byte.
         self._dense_experts = memory.dense_bytes / memory.expert_bytes
         self._costs = work_costs(curves, PREFILL_BUCKETS[-1])
-        self._prefill, self._decode = Correction(), Correction()
+        self._corrections = {"prefill": Correction(), "decode": Correction()}
 
     def after_step(self, step: StepTime, reports: Sequence[StepReport]) -> None:
-        """Takes in one step of a generation; long prefills have a report per chunk."""
-        s = self._count(reports)
-        parts = [self._foresee(report) for report in reports]
-        comparable = not any(report.compiled for report in reports)
-        kind = reports[0].tokens
-        if step.prompt_tokens:
-            s = replace(s, prefill_seconds=s.prefill_seconds + step.seconds)
-            if comparable:
-                times, self._prefill = _compare(self._prefill, kind, parts, step.seconds)
-                s = replace(s, prefill_times=s.prefill_times + times)
-        else:
-            s = replace(s, decode_seconds=s.decode_seconds + step.seconds)
-            s = replace(s, decode_tokens=s.decode_tokens + step.sampled_tokens)
-            if comparable:
-                times, self._decode = _compare(self._decode, kind, parts, step.seconds)
-                s = replace(s, decode_times=s.decode_times + times)
-        self._totals = replace(
-            s,
-            prompt_tokens=s.prompt_tokens + step.prompt_tokens,
-            generated_tokens=s.generated_tokens + step.sampled_tokens,
-        )
+        """Notes one step of a generation; long prefills have a report per chunk."""
+        self._waiting.append((step, reports))
 
     def after_other(self, reports: Sequence[StepReport]) -> None:
-        """Takes in steps that nobody timed."""
-        self._totals = self._count(reports)
+        """Notes steps that nobody timed."""
+        self._waiting.append((None, reports))
+
+    def catch_up(self) -> None:
+        """Takes in what it was told; from any thread."""
+        with self._lock:
+            while self._waiting:
+                step, reports = self._waiting.popleft()
+                added = self._counted(reports)
+                if step is not None:
+                    added |= self._timed(step, reports)
+                totals = {name: getattr(self._totals, name) + more for name, more in added.items()}
+                self._totals = replace(self._totals, **totals)
 
     def stats(self, traces: Counter, swaps: int) -> Stats:
         """The totals so far."""
+        self.catch_up()
         return replace(
             self._totals,
-            prefill_error=self._prefill.error,
-            decode_error=self._decode.error,
+            prefill_error=self._corrections["prefill"].error,
+            decode_error=self._corrections["decode"].error,
             traces=dict(traces),
             swapped=swaps,
         )
@@ -107,43 +95,53 @@ class Monitor:
             self._costs = work_costs(self._curves, tokens)
         return self._costs
 
-    def _count(self, reports: Sequence[StepReport]) -> Stats:
-        """The totals and these steps, but for their time."""
-        s = self._totals
+    def _counted(self, reports: Sequence[StepReport]) -> dict[str, Any]:
+        """What these steps add to the totals, but for their time."""
+        modes, predicted = np.zeros(len(Mode), np.int64), 0.0
         for report in reports:
-            modes = np.bincount(np.ravel(report.tally.modes), minlength=len(Mode)).tolist()
-            s = replace(
-                s,
-                resident=s.resident + modes[Mode.RESIDENT],
-                streamed=s.streamed + modes[Mode.STREAM],
-                hosted=s.hosted + modes[Mode.HOST],
-                predicted_seconds=s.predicted_seconds + float(report.tally.predicted),
-            )
-        return s
+            modes += np.bincount(np.ravel(report.tally.modes), minlength=len(Mode))
+            predicted += float(report.tally.predicted)
+        _, resident, streamed, hosted = modes.tolist()
+        return {
+            "resident": resident,
+            "streamed": streamed,
+            "hosted": hosted,
+            "predicted_seconds": predicted,
+        }
 
-    def _foresee(self, report: StepReport) -> _Foreseen:
-        """Dense weights, then what the planner expected and the curves say of the experts."""
-        tally, tokens = report.tally, report.tokens
-        costs = self._costs_up_to(tokens)
-        busy = busy_seconds(np.asarray(tally.modes), np.asarray(tally.counts), costs)
-        dense = self.dense_seconds(tokens)
-        busy["device"] += dense
-        return _Foreseen(dense + float(tally.predicted), busy)
+    def _timed(self, step: StepTime, reports: Sequence[StepReport]) -> dict[str, Any]:
+        """What a step adds to the totals of its phase."""
+        phase = "prefill" if step.prompt_tokens else "decode"
+        added: dict[str, Any] = {
+            "prompt_tokens": step.prompt_tokens,
+            "generated_tokens": step.sampled_tokens,
+            f"{phase}_seconds": step.seconds,
+        }
+        if phase == "decode":
+            added["decode_tokens"] = step.sampled_tokens
+        if not any(report.compiled for report in reports):
+            added[f"{phase}_times"] = self._compare(phase, reports, step.seconds)
+        return added
 
+    def _compare(self, phase: str, reports: Sequence[StepReport], measured: float) -> StepTimes:
+        """One measured step beside its prediction; nothing for the first of its kind.
 
-def _compare(
-    correction: Correction, kind: int, parts: Sequence[_Foreseen], measured: float
-) -> tuple[StepTimes, Correction]:
-    """One measured step beside its prediction; nothing for the first of its kind."""
-    predicted = sum(part.seconds for part in parts)
-    following = correction.after(kind, predicted, measured)
-    if following.judged_steps == correction.judged_steps:
-        return StepTimes(), following
-    ratio = correction.foresee(kind, 1.0)
-    times = StepTimes(
-        steps=1,
-        measured=measured,
-        predicted=ratio * predicted,
-        **{lane: ratio * sum(part.busy[lane] for part in parts) for lane in LANES},
-    )
-    return times, following
+        Predicted are dense weights, then what the planner expected; the work of each resource is
+        what the curves say of dense weights and experts.
+        """
+        work, predicted = np.zeros(len(LANES)), 0.0
+        for report in reports:
+            tally, costs = report.tally, self._costs_up_to(report.tokens)
+            dense = self.dense_seconds(report.tokens)
+            modes, counts = np.asarray(tally.modes), np.asarray(tally.counts)
+            work += list(busy_seconds(modes, counts, costs).values())
+            work[LANES.index("device")] += dense
+            predicted += dense + float(tally.predicted)
+        correction, kind = self._corrections[phase], reports[0].tokens
+        following = correction.after(kind, predicted, measured)
+        self._corrections[phase] = following
+        if following.judged_steps == correction.judged_steps:
+            return StepTimes()
+        ratio = correction.foresee(kind, 1.0)
+        lanes = dict(zip(LANES, (ratio * work).tolist(), strict=True))
+        return StepTimes(steps=1, measured=measured, predicted=ratio * predicted, **lanes)

@@ -29,6 +29,10 @@ class StepObserver:
         """Takes in steps that nobody timed, or that were broken off."""
         self.monitor.after_other(self._runner.take_reports())
 
+    def catch_up(self) -> None:
+        """Does what the steps so far have left to be done and the next one need not wait for."""
+        self.monitor.catch_up()
+
     def last_step(self) -> tuple[StepReport, Residency]:
         """The last step of a request, and which experts were resident in it.
 

@@ -3,7 +3,6 @@
 Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -87,26 +86,33 @@ class Runner:
         self._seqs = bucket_of(max_seqs)
         self._kv = allocate_kv(model.config, pages, model.dtype)
         self._unread: list[StepReport] = []
+        # Whether a step was begun and has not ended; only then can donated pages be lost.
+        self._unfinished = False
 
     def restore_kv(self) -> bool:
         """Allocates anew what an interrupted step donated and did not give back.
 
         Returns whether it had to: what the pages held is lost then.
         """
+        if not self._unfinished:
+            return False
         lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._kv))
         if lost:
             self._kv = allocate_kv(self.model.config, self.pages, self.model.dtype)
+        self._unfinished = False
         return lost
 
     def copy_pages(self, copies: PageCopies) -> None:
         """Copies whole pages in every layer, before a sequence writes into its own copy."""
+        self._unfinished = True
         self._kv = copy_pages(self._kv, copies)
+        self._unfinished = False
 
     def take_reports(self) -> list["StepReport"]:
         """The steps since the last call; waits until they are done."""
         reports, self._unread = self._unread, []
         # Not by jax.device_get, which takes three times as long where nothing has to be copied.
-        read = functools.partial(jax.tree.map, np.asarray)
+        read = lambda tally: replace(tally, rows=np.asarray(tally.rows))
         return [replace(report, tally=read(report.tally)) for report in reports]
 
     def swap(self, layer: int, incoming: int, outgoing: int) -> None:
@@ -176,6 +182,7 @@ class Runner:
         self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int
     ) -> Float[Array, "tokens embed"]:
         model = self.model
+        self._unfinished = True
         traced = self.programs.traces.total()
         step = pack_step(batch, tokens, seqs)
         x, state, tally = self.programs.embed(model.embedding, step)
@@ -184,6 +191,7 @@ class Runner:
             x, self._kv[i], tally = layer.program(
                 layer, self._kv[i], x, state, model.curves, tally, max_query_length, following[i]
             )
+        self._unfinished = False
         compiled = self.programs.traces.total() > traced
         self._unread.append(StepReport(tokens, max_query_length, compiled, tally))
         return x

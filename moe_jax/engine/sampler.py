@@ -53,12 +53,15 @@ class Sampler:
         else:
             sampled = self._sample(order, params, logits, top, errors)
         token, logprob = np.asarray(sampled.token), np.asarray(sampled.logprob)
-        top_tokens, top_logprobs = np.asarray(sampled.top_tokens), np.asarray(sampled.top_logprobs)
+        if top:
+            top_tokens = np.asarray(sampled.top_tokens)
+            top_logprobs = np.asarray(sampled.top_logprobs)
 
         def drawn(continuation: Continuation, place: int) -> Drawn:
-            wanted = continuation.request.params.logprobs
-            pairs = zip(top_tokens[place, :wanted], top_logprobs[place, :wanted], strict=True)
-            likeliest = tuple((int(one), float(value)) for one, value in pairs)
+            likeliest = ()
+            if wanted := continuation.request.params.logprobs:
+                pairs = zip(top_tokens[place, :wanted], top_logprobs[place, :wanted], strict=True)
+                likeliest = tuple((int(one), float(value)) for one, value in pairs)
             return Drawn(int(token[place]), float(logprob[place]), likeliest)
 
         result: dict[Continuation, list[Drawn] | ValueError] = dict(errors)

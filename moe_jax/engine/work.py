@@ -59,14 +59,15 @@ def busy_seconds(
     The same terms as `rules.resource_seconds`, without who waits for whom. Infinite where an
     expert runs in a way that the curves forbid.
     """
-    streamed, hosted = modes == Mode.STREAM, modes == Mode.HOST
-    streams, hosts = int(streamed.sum()), int(hosted.sum())
-    on_device = (modes == Mode.RESIDENT) | streamed
+    ways, tokens = modes.ravel(), counts.ravel()
+    _, _, streams, hosts = np.bincount(ways, minlength=len(Mode)).tolist()
+    by_way = np.bincount(ways, costs.device[tokens], minlength=len(Mode)).tolist()
+    device = by_way[Mode.RESIDENT] + by_way[Mode.STREAM]
     link, host = 0.0, 0.0
     if streams:
-        link = int(streamed.any(axis=1).sum()) * costs.link_latency + streams * costs.stream
+        layers = int((modes == Mode.STREAM).any(axis=1).sum())
+        link = layers * costs.link_latency + streams * costs.stream
     if hosts:
-        host = int(hosted.any(axis=1).sum()) * costs.host_launch
-        host += float(costs.host[counts[hosted]].sum())
-    device = float(costs.device[counts[on_device]].sum())
+        layers = int((modes == Mode.HOST).any(axis=1).sum())
+        host = layers * costs.host_launch + float(costs.host[counts[modes == Mode.HOST]].sum())
     return dict(zip(LANES, (device, link, host, (streams + hosts) * costs.memory), strict=True))

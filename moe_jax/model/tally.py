@@ -5,6 +5,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -17,43 +18,58 @@ from moe_jax.placement.planner import LayerPlan, Mode
 class Tally:
     """The report of one step, filled layer by layer; rows of dense layers stay 0.
 
+    One array for all that is reported: every array costs each layer's call some microseconds.
+
     Attributes:
       layer: the layer that reports next.
-      modes: the `Mode` in which each expert ran.
-      predicted: seconds the planner expected the expert parts to take.
-      counts: tokens routed to each expert.
-      gates: the sum of each expert's gates over those tokens.
+      rows: of each layer, one after another: the `Mode` in which each expert ran, the tokens routed
+        to it, the sum of its gates over those tokens, and last the seconds that the planner
+        expected the expert part to take.
     """
 
     layer: Int[Array, ""]
-    modes: Int[Array, "layers experts"]
-    predicted: Float[Array, ""]
-    counts: Int[Array, "layers experts"]
-    gates: Float[Array, "layers experts"]
+    rows: Float[Array | np.ndarray, "layers width"]
 
     @classmethod
     def empty(cls, layers: int, experts: int) -> "Tally":
         """Nothing done yet."""
-        return cls(
-            layer=jnp.zeros((), jnp.int32),
-            modes=jnp.full((layers, experts), Mode.IDLE.value, jnp.int32),
-            predicted=jnp.zeros((), jnp.float32),
-            counts=jnp.zeros((layers, experts), jnp.int32),
-            gates=jnp.zeros((layers, experts), jnp.float32),
-        )
+        assert Mode.IDLE == 0, "rows of layers without experts are zeros"
+        rows = jnp.zeros((layers, 3 * experts + 1), jnp.float32)
+        return cls(layer=jnp.zeros((), jnp.int32), rows=rows)
+
+    @property
+    def modes(self) -> Int[Array | np.ndarray, "layers experts"]:
+        """The `Mode` in which each expert ran."""
+        return self._part(0).astype(np.int32)
+
+    @property
+    def counts(self) -> Int[Array | np.ndarray, "layers experts"]:
+        """Tokens routed to each expert."""
+        return self._part(1).astype(np.int32)
+
+    @property
+    def gates(self) -> Float[Array | np.ndarray, "layers experts"]:
+        """The sum of each expert's gates over its tokens."""
+        return self._part(2)
+
+    @property
+    def predicted(self) -> Float[Array | np.ndarray, ""]:
+        """Seconds the planner expected the expert parts of all layers to take."""
+        return self.rows[:, -1].sum()
 
     def after_dense_layer(self) -> "Tally":
         """This tally and a layer without experts."""
-        return Tally(**(vars(self) | {"layer": self.layer + 1}))
+        return Tally(layer=self.layer + 1, rows=self.rows)
 
     def after_experts(
         self, plan: LayerPlan, counts: Int[Array, " experts"], gates: Float[Array, " experts"]
     ) -> "Tally":
         """This tally and a layer that ran by this plan; modes, counts and gates are by expert."""
-        return Tally(
-            layer=self.layer + 1,
-            modes=lax.dynamic_update_index_in_dim(self.modes, plan.mode, self.layer, 0),
-            predicted=self.predicted + plan.predicted,
-            counts=lax.dynamic_update_index_in_dim(self.counts, counts, self.layer, 0),
-            gates=lax.dynamic_update_index_in_dim(self.gates, gates, self.layer, 0),
-        )
+        parts = (plan.mode, counts, gates, plan.predicted[None])
+        row = jnp.concatenate([part.astype(jnp.float32) for part in parts])
+        rows = lax.dynamic_update_index_in_dim(self.rows, row, self.layer, 0)
+        return Tally(layer=self.layer + 1, rows=rows)
+
+    def _part(self, place: int):
+        experts = self.rows.shape[1] // 3
+        return self.rows[:, place * experts : (place + 1) * experts]
