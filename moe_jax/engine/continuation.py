@@ -84,7 +84,7 @@ class Continuation(Job):
 
     def stop(self) -> None:
         """Has lost its pages and waits to compute them again."""
-        self.rows, self.draft, self.length = [], [], 0
+        self.rows, self.draft, self.length, self.ahead = [], [], 0, 0
         self.prompt = self.todo = len(self.tokens)
         self.decoding = False
         self.prefix = SharedPrefix(self.restartable)

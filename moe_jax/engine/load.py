@@ -203,7 +203,8 @@ def load(
     )
     sampler = Sampler(config.vocab, max_seqs + 1)  # the rows of the seating
     return Engine(
-        EngineLoop(runner, seating, sampler, observer),
+        # A driven layer is started step by step, in Python: started ahead, it would be waited for.
+        EngineLoop(runner, seating, sampler, observer, look_ahead=executor == "compiled"),
         observer,
         plan,
         config=checkpoint.config,

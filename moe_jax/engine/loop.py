@@ -5,7 +5,6 @@ the sampler.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +17,13 @@ from host_offload.interrupts import hold_interrupts
 from moe_jax.decoding.beam_search import Candidates
 from moe_jax.engine.beam_group import BeamGroup, search
 from moe_jax.engine.continuation import Continuation, Drawn
+from moe_jax.engine.flight import Flight, StepClock, take_off
 from moe_jax.engine.handle import Handle
 from moe_jax.engine.monitor import StepTime
 from moe_jax.engine.observer import StepObserver
 from moe_jax.engine.request import Request
 from moe_jax.engine.runner import Runner
-from moe_jax.engine.sampler import Sampler
+from moe_jax.engine.sampler import Draw, Sampler
 from moe_jax.engine.seating import Running, Seating
 
 
@@ -55,13 +55,22 @@ class EngineLoop:
         seating: Seating,
         sampler: Sampler,
         observer: StepObserver,
+        *,
+        look_ahead: bool,
     ):
+        """With `look_ahead`, a step is started before the last one's tokens are read, if it can be.
+
+        That pays where starting a step does not wait for it.
+        """
         self.runner = runner
         self.seating = seating
         self._sampler = sampler
         self._observer = observer
         self._handles: dict[Handle, Running] = {}
+        self._look_ahead = look_ahead
         self._stepping: tuple[Running, ...] = ()
+        self._ahead: Flight | None = None
+        self._clock = StepClock()
         # Filled by any thread at any time, emptied by the one that runs steps.
         self._submitted: deque[Running] = deque()
         self._cancelled: deque[Handle] = deque()
@@ -178,39 +187,79 @@ class EngineLoop:
             raise
 
     def _step(self) -> bool:
-        began = time.perf_counter()
         with hold_interrupts():
             self._queue_submitted()
             self._drop_cancelled()
-            self._mend()
-            run = self.seating.schedule()
-            if not run:
-                return False
-            self._stepping = tuple(job for job, _ in run)
-            prompt_tokens = sum(count for job, count in run if not job.decoding)
-            inputs = [(job, row, new) for job, count in run for row, new in job.inputs(count)]
-            copies, batch, wanted, places = self.seating.make_room(inputs)
-        if copies is not None:
-            self.runner.copy_pages(copies)
-        logits = self.runner.step(batch, wanted)
-        self._observer.catch_up()  # while the device works
-        texts = {job: own for job, own in places.items() if isinstance(job, Continuation)}
-        groups = {job: own for job, own in places.items() if isinstance(job, BeamGroup)}
-        drawn = self._sampler.draw(texts, logits) if texts else {}
-        candidates = search(groups, logits) if groups else {}
+            flight = self._take_ahead()
+        if flight is None:
+            self._clock.start(ahead=False)
+        else:
+            self._clock.start(ahead=True, done=flight.logits.is_ready())
+        flight = flight or self._begin()
+        if flight is None:
+            return False
+        texts = {job: own for job, own in flight.places.items() if isinstance(job, Continuation)}
+        groups = {job: own for job, own in flight.places.items() if isinstance(job, BeamGroup)}
+        draw = self._sampler.sample(texts, flight.logits) if texts else None
+        candidates = search(groups, flight.logits) if groups else {}
         with hold_interrupts():
-            for job, count in run:
+            for job, count in flight.run:
                 job.wrote(count)
             sampled = sum(job.seats for job in groups)
+        if draw is not None:
+            self._ahead = self._begin_ahead(flight, draw)
+        self._observer.catch_up()  # while the device works
+        drawn = self._sampler.read(draw) if draw is not None else {}
+        with hold_interrupts():
             sampled += sum(len(found) for found in drawn.values() if isinstance(found, list))
             ended = self._accept(drawn, candidates)
             self.seating.settle(self._stepping)
             for job in ended:
                 self._end(job).finish()
-        tokens = sum(len(new) for _, _, new in inputs)
-        seconds = time.perf_counter() - began
-        self._observer.after_step(StepTime(tokens, prompt_tokens, sampled, seconds))
+        seconds = self._clock.stop()
+        step = StepTime(flight.tokens, flight.prompt_tokens, sampled, seconds)
+        self._observer.after_step(step, flight.reports, flight.residency)
         return True
+
+    def _begin(self) -> Flight | None:
+        """Starts the next step; None if there is nothing to run."""
+        with hold_interrupts():
+            self._mend()
+            run = self.seating.schedule()
+            self._stepping = tuple(job for job, _ in run)
+            if not run:
+                return None
+            inputs = [(job, row, new) for job, count in run for row, new in job.inputs(count)]
+            room = self.seating.make_room(inputs)
+        return take_off(self.runner, run, inputs, room, self._observer.mover.residency)
+
+    def _begin_ahead(self, flight: Flight, draw: Draw) -> Flight | None:
+        """Starts the step after this one with the tokens that are being sampled, if that is it."""
+        jobs = self._stepping
+        if not self._look_ahead or self._submitted or not flight.may_be_followed:
+            return None
+        with hold_interrupts():
+            found = self.seating.make_room_ahead(jobs)
+        if found is None:
+            return None
+        inputs, room = found
+        run = [(job, 1) for job in jobs]
+        residency = self._observer.mover.residency
+        return take_off(self.runner, run, inputs, room, residency, draw.sampled.token)
+
+    def _take_ahead(self) -> Flight | None:
+        """The step that was started ahead, for those of its requests that still go on."""
+        flight, self._ahead = self._ahead, None
+        if flight is None:
+            return None
+        flight = flight.without(lambda job: job.handle not in self._handles)
+        self._stepping = tuple(job for job, _ in flight.run)
+        for job in self._stepping:
+            job.ahead = 0
+        if not flight.run:
+            self._observer.after_other(flight.reports)
+            return None
+        return flight
 
     def _accept(
         self,
@@ -246,6 +295,7 @@ class EngineLoop:
 
     def _start_over(self) -> None:
         self.runner.restore_kv()
+        self._ahead = None
         self._sampler.clear()
         for job in self.seating.start_over():
             del self._handles[job.handle]

@@ -67,7 +67,8 @@ class Monitor:
         """Takes in what it was told; from any thread."""
         with self._lock:
             while self._waiting:
-                step, reports = self._waiting.popleft()
+                step, unread = self._waiting.popleft()
+                reports = [report.read() for report in unread]
                 added = self._counted(reports)
                 if step is not None:
                     added |= self._timed(step, reports)

@@ -49,6 +49,7 @@ class ExpertMover:
         """
         if not self.residency.policy.moves or not reports:
             return
+        reports = [report.read() for report in reports]
         counts = np.stack([report.tally.counts for report in reports]).sum(axis=0, dtype=np.int64)
         if prompt_tokens:
             self.residency = warm_start(self.residency, counts, prompt_tokens)

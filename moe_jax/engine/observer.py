@@ -3,6 +3,8 @@
 Brings monitor, mover and runner together; knows no requests.
 """
 
+from collections.abc import Sequence
+
 from moe_jax.engine.monitor import Monitor, StepTime
 from moe_jax.engine.mover import ExpertMover
 from moe_jax.engine.runner import Runner, StepReport
@@ -18,16 +20,17 @@ class StepObserver:
         self._runner = runner
         self._last: tuple[StepReport, Residency] | None = None
 
-    def after_step(self, step: StepTime) -> None:
-        """Takes in a step of requests."""
-        reports = self._runner.take_reports()
+    def after_step(
+        self, step: StepTime, reports: Sequence[StepReport], residency: Residency
+    ) -> None:
+        """Takes in a step of requests, which began with these experts resident."""
         self.monitor.after_step(step, reports)
-        self._last = reports[-1], self.mover.residency
+        self._last = reports[-1], residency
         self.mover.after_step(reports, step.tokens if step.prompt_tokens else 0)
 
-    def after_other(self) -> None:
-        """Takes in steps that nobody timed, or that were broken off."""
-        self.monitor.after_other(self._runner.take_reports())
+    def after_other(self, reports: Sequence[StepReport] = ()) -> None:
+        """Takes in steps that nobody timed, or that were broken off or in vain."""
+        self.monitor.after_other([*reports, *self._runner.take_reports()])
 
     def catch_up(self) -> None:
         """Does what the steps so far have left to be done and the next one need not wait for."""

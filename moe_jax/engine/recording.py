@@ -29,7 +29,7 @@ def record_routing(
     runner.take_reports()
     for start, end in pairwise([*starts, len(tokens)]):
         runner.step([NewTokens(tokens[start:end], start, len(tokens), pages)], [end - start - 1])
-    reports = runner.take_reports()
+    reports = [report.read() for report in runner.take_reports()]
     prefill = [start < prompt_tokens for start in starts]
     config = runner.model.config
     layers = np.flatnonzero(config.moe_layers)

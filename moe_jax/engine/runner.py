@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from host_offload.interrupts import hold_interrupts
+from host_offload.threads import give_way
 from moe_jax.cache.page_pool import PageCopies
 from moe_jax.cache.paged_kv import allocate_kv, copy_pages
 from moe_jax.config import ModelConfig
@@ -75,6 +76,10 @@ class StepReport:
     compiled: bool
     tally: Tally
 
+    def read(self) -> "StepReport":
+        """This report in numpy; waits until the step is done."""
+        return replace(self, tally=replace(self.tally, rows=np.asarray(self.tally.rows)))
+
 
 class Runner:
     """Executes steps of one model over its own KV pages."""
@@ -108,12 +113,10 @@ class Runner:
         self._kv = copy_pages(self._kv, copies)
         self._unfinished = False
 
-    def take_reports(self) -> list["StepReport"]:
-        """The steps since the last call; waits until they are done."""
+    def take_reports(self) -> list[StepReport]:
+        """Those of the steps since the last call, done or not."""
         reports, self._unread = self._unread, []
-        # Not by jax.device_get, which takes three times as long where nothing has to be copied.
-        read = lambda tally: replace(tally, rows=np.asarray(tally.rows))
-        return [replace(report, tally=read(report.tally)) for report in reports]
+        return reports
 
     def swap(self, layer: int, incoming: int, outgoing: int) -> None:
         """Makes one expert of a layer resident in the place of another.
@@ -130,18 +133,25 @@ class Runner:
             layers = (*self.model.layers[:layer], swapped, *self.model.layers[layer + 1 :])
             self.model = replace(self.model, layers=layers)
 
-    def step(self, batch: Sequence[NewTokens], wanted: Sequence[int]) -> Float[Array, "rows vocab"]:
+    def step(
+        self,
+        batch: Sequence[NewTokens],
+        wanted: Sequence[int],
+        sampled: Int[Array, " rows"] | None = None,
+    ) -> Float[Array, "rows vocab"]:
         """Runs the new tokens of several sequences together.
 
         `wanted` are places in the batch's tokens laid end to end; the first len(wanted) rows of
         the result are the logits after them. Shapes are few: one new token per sequence (decode),
-        at most VERIFY_TOKENS, or a prefill bucket over all of them.
+        at most VERIFY_TOKENS, or a prefill bucket over all of them. `sampled` stands for the tokens
+        of the batch, one for each sequence, where a program has still to find them: as many as the
+        rows of logits that they are sampled from.
         """
         longest = max(len(new.tokens) for new in batch)
         total = sum(len(new.tokens) for new in batch)
         seqs = bucket_of(len(batch))
         if longest == 1:
-            x = self._run(batch, seqs, seqs, 1)
+            x = self._run(batch, seqs, seqs, 1, sampled)
             rows = seqs
         elif all(new.verify or len(new.tokens) == 1 for new in batch):
             x = self._run(batch, seqs * VERIFY_TOKENS, seqs, VERIFY_TOKENS)
@@ -179,15 +189,24 @@ class Runner:
             yield self._run([chunk], bucket, self._seqs, bucket), len(tokens)
 
     def _run(
-        self, batch: Sequence[NewTokens], tokens: int, seqs: int, max_query_length: int
+        self,
+        batch: Sequence[NewTokens],
+        tokens: int,
+        seqs: int,
+        max_query_length: int,
+        sampled: Int[Array, " tokens"] | None = None,
     ) -> Float[Array, "tokens embed"]:
         model = self.model
         self._unfinished = True
         traced = self.programs.traces.total()
         step = pack_step(batch, tokens, seqs)
+        if sampled is not None:
+            step = replace(step, tokens=sampled)
+        give_way()
         x, state, tally = self.programs.embed(model.embedding, step)
         following = (*model.layers[1:], None)
         for i, layer in enumerate(model.layers):
+            give_way()
             x, self._kv[i], tally = layer.program(
                 layer, self._kv[i], x, state, model.curves, tally, max_query_length, following[i]
             )

@@ -6,10 +6,12 @@ and no pages; mathematics is in `moe_jax.decoding`.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from host_offload.threads import give_way
 from moe_jax.decoding.allowed_tokens import allowed_mask, stack_masks
 from moe_jax.decoding.prompt_lookup import accept
 from moe_jax.decoding.sampling import Sampled, sample, sample_greedy
@@ -19,6 +21,21 @@ from moe_jax.decoding.text_counts import TextCounts, empty_text_counts, pad_toke
 from moe_jax.engine.continuation import Continuation, Drawn
 
 _PADDING = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that are being sampled.
+
+    Attributes:
+      places: which rows of the logits are whose.
+      sampled: one token for each row.
+      errors: of requests that no token can be sampled for.
+    """
+
+    places: dict[Continuation, list[int]]
+    sampled: Sampled
+    errors: dict[Continuation, ValueError]
 
 
 class Sampler:
@@ -33,13 +50,12 @@ class Sampler:
         self._counted: dict[int, tuple[Continuation, int]] = {}
         self._stacked: tuple[tuple[object, ...], SamplingOptions] | None = None
 
-    def draw(
+    def sample(
         self, places: dict[Continuation, list[int]], logits: Float[Array, "rows vocab"]
-    ) -> dict[Continuation, list[Drawn] | ValueError]:
-        """The tokens that follow each text, whose logits are at these places.
+    ) -> Draw:
+        """Samples the tokens that follow each text, whose logits are at these places.
 
-        Of guesses, those that hold come with the token after them. A request whose logits are not
-        numbers, or that allows no token, gets its error instead.
+        Waits for nothing: `read` does.
         """
         order: list[Continuation | None] = [None] * logits.shape[0]
         for continuation, own in places.items():
@@ -52,21 +68,29 @@ class Sampler:
             sampled = sample_greedy(logits, top=top)
         else:
             sampled = self._sample(order, params, logits, top, errors)
+        return Draw(places, sampled, errors)
+
+    def read(self, draw: Draw) -> dict[Continuation, list[Drawn] | ValueError]:
+        """What was sampled for each text.
+
+        Of guesses, those that hold come with the token after them. A request whose logits are not
+        numbers, or that allows no token, gets its error instead.
+        """
+        sampled = draw.sampled
         token, logprob = np.asarray(sampled.token), np.asarray(sampled.logprob)
-        if top:
-            top_tokens = np.asarray(sampled.top_tokens)
-            top_logprobs = np.asarray(sampled.top_logprobs)
+        give_way()  # what was started ahead can go on now, too
 
         def drawn(continuation: Continuation, place: int) -> Drawn:
             likeliest = ()
             if wanted := continuation.request.params.logprobs:
-                pairs = zip(top_tokens[place, :wanted], top_logprobs[place, :wanted], strict=True)
-                likeliest = tuple((int(one), float(value)) for one, value in pairs)
+                tokens = np.asarray(sampled.top_tokens)[place, :wanted].tolist()
+                logprobs = np.asarray(sampled.top_logprobs)[place, :wanted].tolist()
+                likeliest = tuple(zip(tokens, logprobs, strict=True))
             return Drawn(int(token[place]), float(logprob[place]), likeliest)
 
-        result: dict[Continuation, list[Drawn] | ValueError] = dict(errors)
-        for continuation, own in places.items():
-            if continuation in errors:
+        result: dict[Continuation, list[Drawn] | ValueError] = dict(draw.errors)
+        for continuation, own in draw.places.items():
+            if continuation in draw.errors:
                 continue
             held = accept(continuation.draft, token[own])
             own = own[: held + 1]

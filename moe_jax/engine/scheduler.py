@@ -27,6 +27,7 @@ class Job:
       restartable: whether it may lose its pages and be computed again.
       length: tokens in the pages of each of its rows.
       todo: new tokens of each row until something can be sampled.
+      ahead: tokens that a step writes behind those, which was started before they were known.
       decoding: whether it was sampled from since it was last started.
       restarts: how often it lost its pages.
       held: pages of its rows together, where they may share some; None: it has one row.
@@ -40,6 +41,7 @@ class Job:
     restartable: bool = True
     length: int = 0
     todo: int = field(init=False)
+    ahead: int = 0
     decoding: bool = False
     restarts: int = 0
     held: int | None = None

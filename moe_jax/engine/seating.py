@@ -5,6 +5,7 @@ Knows no threads, no model and no sampling.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +21,23 @@ from moe_jax.engine.scheduler import Scheduler
 Running = Continuation | BeamGroup
 # The new tokens of one row in a step.
 Input = tuple[Running, int, list[int]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Pages for the new tokens of a step.
+
+    Attributes:
+      copies: pages that must be copied first, if any.
+      batch: the step's batch.
+      wanted: the places in its tokens, laid end to end, after which logits are wanted.
+      places: which of those logits belong to which request.
+    """
+
+    copies: PageCopies | None
+    batch: list[NewTokens]
+    wanted: list[int]
+    places: dict[Running, list[int]]
 
 
 class Seating:
@@ -96,14 +114,8 @@ class Seating:
                 return step.run
             self._stop(step.stop)
 
-    def make_room(
-        self, inputs: Sequence[Input]
-    ) -> tuple[PageCopies | None, list[NewTokens], list[int], dict[Running, list[int]]]:
-        """Gives every row pages for its new tokens.
-
-        Returns what must be copied first; the step's batch; the places in its tokens, laid end to
-        end, after which logits are wanted; and which of those logits belong to which request.
-        """
+    def make_room(self, inputs: Sequence[Input]) -> Room:
+        """Gives every row pages for its new tokens."""
         copies = self._kv.grow({row: len(new) for _, row, new in inputs})
         tables = self._kv.tables
         batch: list[NewTokens] = []
@@ -119,13 +131,26 @@ class Seating:
                 own = range(end - len(new) if verify else end - 1, end)
                 places.setdefault(job, []).extend(range(len(wanted), len(wanted) + len(own)))
                 wanted += own
-        return copies, batch, wanted, places
+        return Room(copies, batch, wanted, places)
+
+    def make_room_ahead(self, jobs: Sequence[Running]) -> tuple[list[Input], Room] | None:
+        """Gives these pages for one more token each, which nobody knows yet, before they `settle`.
+
+        None where there are not enough, or another request waits.
+        """
+        if self.waiting or sum(job.new_pages(1) for job in jobs) > self.available_pages:
+            return None
+        inputs: list[Input] = []
+        for job in jobs:
+            job.todo = job.ahead = 1
+            inputs.append((job, job.rows[0], [0]))
+        return inputs, self.make_room(inputs)
 
     def settle(self, jobs: Iterable[Running]) -> None:
         """After a step: drops guesses that did not hold, lists full pages, moves beams."""
         remaining = [job for job in jobs if job in self._jobs]
         texts = [job for job in remaining if isinstance(job, Continuation)]
-        self._kv.shorten({job.rows[0]: job.length for job in texts})
+        self._kv.shorten({job.rows[0]: job.length + job.ahead for job in texts})
         self._kv.list_pages(
             [
                 (job.rows[0], job.prefix, job.tokens, min(job.length, len(job.tokens)))

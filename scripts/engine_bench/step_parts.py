@@ -18,7 +18,7 @@ import moe_jax
 PARTS = {
     "scheduling": ("seating.schedule", "seating.make_room", "seating.settle", "seating.leave"),
     "model": ("runner.step",),
-    "sampling": ("_sampler.draw",),
+    "sampling": ("_sampler.sample", "_sampler.read"),
     "handing out": ("_accept",),
     "statistics": ("_observer.after_step",),
     "step": ("_step",),

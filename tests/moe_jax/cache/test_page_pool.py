@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from host_offload.memory import host_device
+from moe_jax.cache import page_pool
 from moe_jax.cache.page_pool import (
     adopt,
     append,
@@ -108,6 +109,15 @@ def test_if_pages_are_missing_nothing_changes(counts, missing):
     assert int(short) == missing
     assert copied(copies) == [None] * ROWS
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_rows_grow_in_pages_of_their_own_without_a_program(monkeypatch):
+    pool = grown(empty(), 17, 0, 1)
+    monkeypatch.delattr(page_pool, "_append")
+    pool, copies, short = append(pool, array(15, 0, 3))
+    assert (tables(pool), pool.lengths.tolist()) == ([[0, 1], [], [2]], [32, 0, 4])
+    assert (copied(copies), short) == ([None] * ROWS, 0)
+    assert violations(pool) == []
 
 
 def test_a_fork_is_a_permutation_with_repeats():

@@ -110,7 +110,7 @@ def test_an_error_after_a_step_takes_back_nothing_that_was_given(clean, monkeypa
     done = clean.submit(PROMPTS[0], max_tokens=1)
     going = clean.submit(PROMPTS[1], **LONG)
 
-    def fail(step):
+    def fail(*step):
         raise RuntimeError("a policy of the user's own")
 
     with monkeypatch.context() as patch:
