@@ -6,6 +6,7 @@ Knows the runner; who runs is decided by others, and so is what becomes of the r
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
@@ -36,6 +37,12 @@ class Flight:
     logits: Float[Array, "rows vocab"]
     reports: tuple[StepReport, ...]
     residency: Residency
+
+    @property
+    def done(self) -> bool:
+        """Whether its results are there."""
+        logits: Any = self.logits  # jax does not declare the method
+        return logits.is_ready()
 
     @property
     def may_be_followed(self) -> bool:
@@ -110,24 +117,23 @@ def _surely_goes_on(job: Running) -> bool:
 class StepClock:
     """The seconds that steps take, one after another.
 
-    A step that was started ahead counts from the end of the step before it. If it was done before
-    anybody asked for it, who asked came late, and it counts no longer than the one before.
+    A step that was started ahead counts from the end of the step before it. If its results were
+    there before anybody asked for them, whoever asks may have been away: then what passed until he
+    asked counts as one step at most.
     """
 
     def __init__(self) -> None:
         self._ended = self._began = time.perf_counter()
-        self._late, self._usual = False, float("inf")
+        self._usual = float("inf")
 
     def start(self, *, ahead: bool, done: bool = False) -> None:
         """A step begins, or one that was started ahead goes on, or is done already."""
-        self._late = done
-        self._began = self._ended if ahead else time.perf_counter()
+        now = time.perf_counter()
+        passed = now - self._ended if ahead else 0.0
+        self._began = now - (min(passed, self._usual) if done else passed)
 
     def stop(self) -> float:
         """The step has ended; its seconds."""
         self._ended = time.perf_counter()
-        seconds = self._ended - self._began
-        if self._late:
-            return min(seconds, self._usual)
-        self._usual = seconds
-        return seconds
+        self._usual = self._ended - self._began
+        return self._usual

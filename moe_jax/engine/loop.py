@@ -191,10 +191,7 @@ class EngineLoop:
             self._queue_submitted()
             self._drop_cancelled()
             flight = self._take_ahead()
-        if flight is None:
-            self._clock.start(ahead=False)
-        else:
-            self._clock.start(ahead=True, done=flight.logits.is_ready())
+        self._clock.start(ahead=flight is not None, done=flight is not None and flight.done)
         flight = flight or self._begin()
         if flight is None:
             return False

@@ -34,13 +34,14 @@ class StepParts:
 
     @contextmanager
     def watch(self, engine: moe_jax.Engine) -> Iterator[None]:
-        """Times every step of this engine until it is left."""
+        """Times every step of this engine until it is left; none is started during another."""
         loop: Any = engine._loop
 
         def requests() -> int:
             return len(loop._stepping)
 
         with ExitStack() as wrapped:
+            wrapped.enter_context(mock.patch.object(loop, "_look_ahead", False))
             for part, methods in PARTS.items():
                 for method in methods:
                     *path, name = method.split(".")

@@ -167,6 +167,6 @@ def test_steps_take_the_time_from_one_to_the_next(monkeypatch):
 
     assert measure(7, 2, ahead=False) == 2  # nothing ran before
     assert measure(0.5, 2, ahead=True) == 2.5
-    assert measure(50, 0.5, ahead=True, done=True) == 2.5  # asked for late
     assert measure(0.5, 1, ahead=True, done=True) == 1.5
+    assert measure(50, 0.5, ahead=True, done=True) == 2  # asked for late
     assert measure(50, 3, ahead=False) == 3
