@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from host_offload.host_compute import compiler_options
+from host_offload.memory import sharding
 from moe_jax.config import ModelConfig
 from moe_jax.model.compiled import LayerExecutor, LayerProgram
 from moe_jax.model.driven import DrivenProgram
@@ -47,7 +48,10 @@ class Programs:
         compiled = functools.partial(LayerProgram, streams=streams)
         self._executor = driven if executor == "driven" else compiled
         self._layer_programs: dict = {}
-        self._embed = jax.jit(functools.partial(self._embed_step, pages, page_size))
+        # Named, so that tokens compile the same program whether they come from numpy or the device.
+        given = (None, sharding("device"))
+        embed = functools.partial(self._embed_step, pages, page_size)
+        self._embed = jax.jit(embed, in_shardings=given)
         self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
 
     def layer(self, graph: nnx.GraphDef, window: int | None) -> LayerExecutor:

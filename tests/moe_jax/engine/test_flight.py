@@ -1,5 +1,6 @@
 """Steps that are started before the tokens of the last one are known."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -147,6 +148,13 @@ def test_an_error_of_a_step_started_ahead_ends_its_requests(engine, loop, monkey
             handle.result()
     assert len(calls) == 1
     assert len(engine.generate([5, 6], **TEXT).tokens) == 12
+
+
+def test_nothing_is_compiled_for_it(tiny, caplog):
+    engine = moe_jax.load(tiny, dtype="float32", max_tokens=48, max_seqs=1, progress=False)
+    with jax.log_compiles():
+        engine.generate([5, 6], **TEXT)
+    assert caplog.text.count("Compiling jit(_embed_step)") == 2  # the prompt's, a decode step's
 
 
 def test_driven_layers_are_not_started_ahead(tiny):
