@@ -20,7 +20,7 @@ PARTS = {
     "model": ("runner.step",),
     "sampling": ("_sampler.sample", "_sampler.read"),
     "handing out": ("_accept",),
-    "statistics": ("_observer.after_step",),
+    "statistics": ("_observer.after_step", "_observer.catch_up"),
     "step": ("_step",),
 }
 
