@@ -74,7 +74,7 @@ class Stats:
       restarts: how often a request lost its pages to others, and was prefilled again.
       decode_tokens: those of the sampled tokens that a step without any prompt gave.
       prefill_seconds, decode_seconds: wall-clock of steps with and without tokens of prompts,
-        compilation included.
+        compilation included; a step that was started ahead counts from the end of the one before.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens. Of experts that were cut, here
         and below, it is one piece.
