@@ -98,13 +98,7 @@ def compile_layer(target, tokens, slots, config, **flags):
     x, kv, tally = (
         array((tokens, 512), bf16),
         LayerKv(pages, pages),
-        Tally(
-            layer=array((), i32),
-            modes=array((1, count), i32),
-            predicted=scalar,
-            counts=array((1, count), i32),
-            gates=array((1, count), f32),
-        ),
+        Tally(layer=array((), i32), rows=array((1, 3 * count + 1), f32)),
     )
     arguments = parameters, experts, kv, x, step, curves, tally
     return compile_for(target, layer, *arguments, donated=(2, 3, 6), **flags)
