@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.engine.continuation import Continuation
 from moe_jax.engine.runner import Runner, StepReport, bucket_of
-from moe_jax.engine.seating import Input, Room, Running
+from moe_jax.engine.seating import Room, Running
 from moe_jax.placement.residency import Residency
 
 
@@ -75,14 +75,13 @@ class Flight:
 def take_off(
     runner: Runner,
     run: Sequence[tuple[Running, int]],
-    inputs: Sequence[Input],
     room: Room,
     residency: Residency,
     sampled: Int[Array, " rows"] | None = None,
 ) -> Flight:
     """Starts a step's programs; does not wait for them.
 
-    `sampled` are the tokens of `inputs`, one for each, where they are still on the device.
+    `sampled` are the tokens of the batch, one for each row, where they are still on the device.
     """
     if room.copies is not None:
         runner.copy_pages(room.copies)
@@ -91,7 +90,7 @@ def take_off(
     return Flight(
         run=tuple(run),
         restarts=tuple(job.restarts for job, _ in run),
-        tokens=sum(len(new) for _, _, new in inputs),
+        tokens=sum(len(new.tokens) for new in room.batch),
         prompt_tokens=prompt_tokens,
         places=room.places,
         logits=logits,

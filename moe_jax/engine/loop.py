@@ -228,7 +228,7 @@ class EngineLoop:
                 return None
             inputs = [(job, row, new) for job, count in run for row, new in job.inputs(count)]
             room = self.seating.make_room(inputs)
-        return take_off(self.runner, run, inputs, room, self._observer.mover.residency)
+        return take_off(self.runner, run, room, self._observer.mover.residency)
 
     def _begin_ahead(self, flight: Flight, draw: Draw) -> Flight | None:
         """Starts the step after this one with the tokens that are being sampled, if that is it."""
@@ -236,13 +236,12 @@ class EngineLoop:
         if not self._look_ahead or self._submitted or not flight.may_be_followed:
             return None
         with hold_interrupts():
-            found = self.seating.make_room_ahead(jobs)
-        if found is None:
+            room = self.seating.make_room_ahead(jobs)
+        if room is None:
             return None
-        inputs, room = found
         run = [(job, 1) for job in jobs]
         residency = self._observer.mover.residency
-        return take_off(self.runner, run, inputs, room, residency, draw.sampled.token)
+        return take_off(self.runner, run, room, residency, draw.sampled.token)
 
     def _take_ahead(self) -> Flight | None:
         """The step that was started ahead, for those of its requests that still go on."""

@@ -133,18 +133,16 @@ class Seating:
                 wanted += own
         return Room(copies, batch, wanted, places)
 
-    def make_room_ahead(self, jobs: Sequence[Running]) -> tuple[list[Input], Room] | None:
+    def make_room_ahead(self, jobs: Sequence[Running]) -> Room | None:
         """Gives these pages for one more token each, which nobody knows yet, before they `settle`.
 
         None where there are not enough, or another request waits.
         """
         if self.waiting or sum(job.new_pages(1) for job in jobs) > self.available_pages:
             return None
-        inputs: list[Input] = []
         for job in jobs:
             job.todo = job.ahead = 1
-            inputs.append((job, job.rows[0], [0]))
-        return inputs, self.make_room(inputs)
+        return self.make_room([(job, job.rows[0], [0]) for job in jobs])
 
     def settle(self, jobs: Iterable[Running]) -> None:
         """After a step: drops guesses that did not hold, lists full pages, moves beams."""

@@ -115,10 +115,12 @@ def test_a_text_that_ends_unforeseen_gives_its_pages_back_at_once(engine, starte
 def test_no_step_is_started_ahead_while_a_request_waits(engine, loop, started):
     handles = [engine.submit([5, index], **TEXT) for index in range(1, 6)]
     loop.step()
+    assert engine.load_now.waiting == 1
     while engine.load_now.waiting:
         assert "ahead" not in started
         loop.step()
     assert len({handle.result().tokens for handle in handles}) > 1
+    assert "ahead" in started
 
 
 def test_a_request_is_stopped_where_pages_run_out_as_ever(tiny):
