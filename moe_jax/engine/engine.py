@@ -14,6 +14,7 @@ from moe_jax.checkpoint.tokenizer import Tokenizer, missing_tokenizer
 from moe_jax.config import ModelConfig
 from moe_jax.decoding.sampling_params import check_vocab, sampling_params
 from moe_jax.engine.arrays import arrays_by_target
+from moe_jax.engine.batch import PREFILL_BUCKETS, NewTokens
 from moe_jax.engine.driver import Driver
 from moe_jax.engine.handle import Handle
 from moe_jax.engine.loop import EngineLoop, Load
@@ -24,7 +25,6 @@ from moe_jax.engine.progress import RequestProgress
 from moe_jax.engine.prompts import encode_prompt, is_many
 from moe_jax.engine.recording import record_routing
 from moe_jax.engine.request import Request, check_beams_fit
-from moe_jax.engine.runner import PREFILL_BUCKETS, NewTokens
 from moe_jax.engine.stats import Stats
 from moe_jax.placement.planner import plan_layers
 from moe_jax.placement.timeline import Timeline, make_timeline

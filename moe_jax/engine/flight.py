@@ -10,8 +10,9 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from moe_jax.engine.batch import bucket_of
 from moe_jax.engine.continuation import Continuation
-from moe_jax.engine.runner import Runner, StepReport, bucket_of
+from moe_jax.engine.runner import Runner, StepReport
 from moe_jax.engine.seating import Room, Running
 from moe_jax.placement.residency import Residency
 

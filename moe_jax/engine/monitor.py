@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.engine.runner import PREFILL_BUCKETS, StepReport
+from moe_jax.engine.batch import PREFILL_BUCKETS
+from moe_jax.engine.runner import StepReport
 from moe_jax.engine.stats import Stats, StepTimes
 from moe_jax.engine.work import WorkCosts, busy_seconds, work_costs
 from moe_jax.placement.correction import Correction

@@ -4,12 +4,12 @@ Knows the runner; what is done with a trace is the simulator's business.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int
 
-from moe_jax.engine.runner import PREFILL_BUCKETS, NewTokens, Runner
+from moe_jax.engine.batch import NewTokens
+from moe_jax.engine.runner import Runner
 from moe_jax.placement.trace import RoutingTrace, make_trace
 
 
@@ -24,13 +24,13 @@ def record_routing(
     Returns a trace of the layers with experts: one step for every chunk of the prompt, one for
     every token after it.
     """
-    chunk = PREFILL_BUCKETS[-1]
-    starts = [*range(0, prompt_tokens, chunk), *range(prompt_tokens, len(tokens))]
+    new = lambda start, end: NewTokens(tokens[start:end], start, len(tokens), pages)
     runner.take_reports()
-    for start, end in pairwise([*starts, len(tokens)]):
-        runner.step([NewTokens(tokens[start:end], start, len(tokens), pages)], [end - start - 1])
+    chunks = sum(1 for _ in runner.whole_chunks(new(0, prompt_tokens)))
+    for start in range(prompt_tokens, len(tokens)):
+        runner.step([new(start, start + 1)], [0])
     reports = [report.read() for report in runner.take_reports()]
-    prefill = [start < prompt_tokens for start in starts]
+    prefill = [step < chunks for step in range(len(reports))]
     config = runner.model.config
     layers = np.flatnonzero(config.moe_layers)
     whole = np.s_[layers, :: config.moe.pieces]  # an expert's pieces all report the same

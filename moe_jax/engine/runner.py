@@ -3,7 +3,7 @@
 Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -16,16 +16,21 @@ from host_offload.threads import give_way
 from moe_jax.cache.page_pool import PageCopies
 from moe_jax.cache.paged_kv import allocate_kv, copy_pages
 from moe_jax.config import ModelConfig
+from moe_jax.engine.batch import (
+    PREFILL_BUCKETS,
+    NewTokens,
+    bucket_of,
+    decode_shape,
+    last_tokens,
+    pack_step,
+    padded,
+)
 from moe_jax.engine.swap import swap_experts
 from moe_jax.model.compiled import ServedLayer
 from moe_jax.model.programs import Programs
-from moe_jax.model.step import StepInputs
+from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
-
-PREFILL_BUCKETS = (32, 128, 512)
-# New tokens of a sequence in a step that verifies drafts: its last token and what was guessed.
-VERIFY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -39,25 +44,6 @@ class ServedModel:
     unembedding: Float[Array, "vocab embed"]
     curves: CostCurves
     dtype: jnp.dtype
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """What one sequence adds in a step.
-
-    Attributes:
-      tokens: its new token ids.
-      cached: how many of its tokens are in the pages already.
-      length: the total length its rotary frequencies are chosen for.
-      pages: its row of the block table.
-      verify: whether all but the first of the tokens are guesses to verify.
-    """
-
-    tokens: Sequence[int]
-    cached: int
-    length: int
-    pages: Int[np.ndarray, " pages_per_seq"]
-    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,33 +127,23 @@ class Runner:
     ) -> Float[Array, "rows vocab"]:
         """Runs the new tokens of several sequences together.
 
-        `wanted` are places in the batch's tokens laid end to end; the first len(wanted) rows of
-        the result are the logits after them. Shapes are few: one new token per sequence (decode),
-        at most VERIFY_TOKENS, or a prefill bucket over all of them. `sampled` stands for the tokens
-        of the batch, one for each sequence, where a program has still to find them: as many as the
-        rows of logits that they are sampled from.
+        `wanted` are places in the batch's tokens laid end to end, rising, for each sequence the
+        last ones of its tokens or none; the first len(wanted) rows of the result are the logits
+        after them. Shapes are few: one new token per sequence (decode), at most VERIFY_TOKENS, or a
+        prefill bucket over all of them; then the last layer is run for the wanted ones alone.
+        `sampled` stands for the tokens of the batch, one for each sequence, where a program has
+        still to find them: as many as the rows of logits that they are sampled from.
         """
-        longest = max(len(new.tokens) for new in batch)
-        total = sum(len(new.tokens) for new in batch)
-        seqs = bucket_of(len(batch))
-        if longest == 1:
-            x = self._run(batch, seqs, seqs, 1, sampled)
-            rows = seqs
-        elif all(new.verify or len(new.tokens) == 1 for new in batch):
-            x = self._run(batch, seqs * VERIFY_TOKENS, seqs, VERIFY_TOKENS)
-            rows = seqs * VERIFY_TOKENS
-        else:
-            bucket = next(size for size in PREFILL_BUCKETS if size >= total)
-            x = self._run(batch, bucket, self._seqs, bucket)
-            rows = self._seqs if len(wanted) <= self._seqs else self._seqs * VERIFY_TOKENS
-        places = np.zeros(rows, np.int32)
-        places[: len(wanted)] = wanted
-        return self._logits(x, places)
+        if any(len(new.tokens) > 1 and not new.verify for new in batch):
+            return self._prefill(batch, wanted)
+        rows, seqs, longest = decode_shape(batch)
+        x = self._run(batch, rows, seqs, longest, sampled)
+        return self._logits(x, padded(wanted, rows))
 
     def all_logits(self, new: NewTokens) -> Float[np.ndarray, "tokens vocab"]:
         """Adds any number of tokens of one sequence; returns the logits after each of them."""
         parts = []
-        for x, used in self._chunks(new):
+        for x, used in self.whole_chunks(new):
             logits = self._logits(x, np.arange(x.shape[0], dtype=np.int32))
             parts.append(np.asarray(logits)[:used])
         return np.concatenate(parts)
@@ -180,8 +156,11 @@ class Runner:
             parts.append(np.asarray(self.step([one], [0]))[:1])
         return np.concatenate(parts)
 
-    def _chunks(self, new: NewTokens):
-        """Yields the activations of each chunk and how many of its rows are tokens."""
+    def whole_chunks(self, new: NewTokens) -> Iterator[tuple[Float[Array, "bucket embed"], int]]:
+        """Adds any number of tokens of one sequence, all of them in every layer.
+
+        Yields the activations of each chunk and how many of its rows are tokens.
+        """
         for start in range(0, len(new.tokens), PREFILL_BUCKETS[-1]):
             tokens = new.tokens[start : start + PREFILL_BUCKETS[-1]]
             bucket = next(size for size in PREFILL_BUCKETS if size >= len(tokens))
@@ -196,45 +175,72 @@ class Runner:
         max_query_length: int,
         sampled: Int[Array, " tokens"] | None = None,
     ) -> Float[Array, "tokens embed"]:
-        model = self.model
-        self._unfinished = True
-        traced = self.programs.traces.total()
+        """Runs a step through all layers."""
+        traced = self._begin()
         step = pack_step(batch, tokens, seqs)
         if sampled is not None:
             step = replace(step, tokens=sampled)
         give_way()
-        x, state, tally = self.programs.embed(model.embedding, step)
-        following = (*model.layers[1:], None)
-        for i, layer in enumerate(model.layers):
-            give_way()
-            x, self._kv[i], tally = layer.program(
-                layer, self._kv[i], x, state, model.curves, tally, max_query_length, following[i]
-            )
+        x, state, tally = self.programs.embed(self.model.embedding, step)
+        x, tally = self._layers(x, state, tally, max_query_length)
+        self._end(traced, tokens, max_query_length, tally)
+        return x
+
+    def _prefill(
+        self, batch: Sequence[NewTokens], wanted: Sequence[int]
+    ) -> Float[Array, "rows vocab"]:
+        """Runs a step with tokens of prompts, in the last layer no more of them than are wanted.
+
+        There all tokens leave their keys and values; the wanted ones go on in the shapes of decode.
+        """
+        model, programs, last = self.model, self.programs, last_tokens(batch, wanted)
+        total = sum(len(new.tokens) for new in batch)
+        bucket = next(size for size in PREFILL_BUCKETS if size >= total)
+        rows, seqs, longest = decode_shape(last) if last else (0, 0, 0)
+        traced = self._begin()
+        step = pack_step(batch, bucket, self._seqs)
+        give_way()
+        x, state, tally = programs.embed(model.embedding, step)
+        x, tally = self._layers(x, state, tally, bucket, slice(-1))
+        give_way()
+        layer = model.layers[-1]
+        self._kv[-1] = layer.program.extend_kv(layer, self._kv[-1], x, state)
+        if last:
+            x, state = programs.narrow(x, pack_step(last, rows, seqs), padded(wanted, rows))
+            x, tally = self._layers(x, state, tally, longest, slice(-1, None))
+        self._end(traced, bucket, bucket, tally)
+        if not last:
+            return jnp.zeros((0, model.config.vocab), jnp.float32)
+        return self._logits(x, np.arange(rows, dtype=np.int32))
+
+    def _begin(self) -> int:
+        """Begins a step; returns how often programs had been traced by then."""
+        self._unfinished = True
+        return self.programs.traces.total()
+
+    def _end(self, traced: int, tokens: int, max_query_length: int, tally: Tally) -> None:
+        """A step has been started to its end."""
         self._unfinished = False
         compiled = self.programs.traces.total() > traced
         self._unread.append(StepReport(tokens, max_query_length, compiled, tally))
-        return x
+
+    def _layers(
+        self,
+        x: Float[Array, "tokens embed"],
+        state: StepState,
+        tally: Tally,
+        max_query_length: int,
+        which: slice = slice(None),
+    ) -> tuple[Float[Array, "tokens embed"], Tally]:
+        """Runs some of the layers, one after the other."""
+        layers = list(enumerate(self.model.layers))[which]
+        following = [*(layer for _, layer in layers[1:]), None]
+        for (i, layer), after in zip(layers, following, strict=True):
+            give_way()
+            x, self._kv[i], tally = layer.program(
+                layer, self._kv[i], x, state, self.model.curves, tally, max_query_length, after
+            )
+        return x, tally
 
     def _logits(self, x, rows):
         return self.programs.head(self.model.final_norm, self.model.unembedding, x, rows)
-
-
-def pack_step(batch: Sequence[NewTokens], tokens: int, seqs: int) -> StepInputs:
-    """Lays the sequences' new tokens end to end and pads to `tokens` rows and `seqs` sequences."""
-    counts = [len(new.tokens) for new in batch]
-    assert sum(counts) <= tokens and len(batch) <= seqs, (counts, tokens, seqs)
-    flat = np.zeros(tokens, np.int32)
-    flat[: sum(counts)] = np.concatenate([np.asarray(new.tokens, np.int32) for new in batch])
-    starts = np.full(seqs + 1, sum(counts), np.int32)
-    starts[: len(batch) + 1] = np.cumsum([0, *counts])
-    kv_lengths, rope_lengths = np.zeros(seqs, np.int32), np.ones(seqs, np.int32)
-    kv_lengths[: len(batch)] = [new.cached + len(new.tokens) for new in batch]
-    rope_lengths[: len(batch)] = [new.length for new in batch]
-    tables = np.zeros((seqs, batch[0].pages.size), np.int32)
-    tables[: len(batch)] = [new.pages for new in batch]
-    return StepInputs(flat, starts, kv_lengths, rope_lengths, tables)
-
-
-def bucket_of(count: int) -> int:
-    """The power of two that `count` is rounded up to."""
-    return 1 << (count - 1).bit_length()

@@ -13,9 +13,9 @@ from jaxtyping import Int
 from moe_jax.cache.kv_rows import KvRows
 from moe_jax.cache.page_pool import PageCopies
 from moe_jax.cache.paged_kv import pages_for
+from moe_jax.engine.batch import PREFILL_BUCKETS, NewTokens
 from moe_jax.engine.beam_group import BeamGroup
 from moe_jax.engine.continuation import Continuation
-from moe_jax.engine.runner import PREFILL_BUCKETS, NewTokens
 from moe_jax.engine.scheduler import Scheduler
 
 Running = Continuation | BeamGroup

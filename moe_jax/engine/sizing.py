@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.checkpoint import expected_targets, open_checkpoint
 from moe_jax.config import ModelConfig
-from moe_jax.engine.runner import PREFILL_BUCKETS
+from moe_jax.engine.batch import PREFILL_BUCKETS
 from moe_jax.model.int8 import int8_bytes
 from moe_jax.placement.memory_plan import MemoryPlan, plan_memory
 

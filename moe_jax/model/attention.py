@@ -26,23 +26,47 @@ def project_qkv(
 ]:
     """Projects, normalises, clamps and rotates, in this order; values are only clamped."""
     a = config.attention
-    tokens = x.shape[0]
     bias = None if weights.qkv_bias is None else weights.qkv_bias[...]
     qkv = linear(weights.qkv[...], x, bias)
-    query, key, value = jnp.split(
-        qkv, [a.heads * a.head_dim, (a.heads + a.kv_heads) * a.head_dim], axis=1
-    )
-    if weights.query_norm is not None and weights.key_norm is not None:
+    query, kv = jnp.split(qkv, [a.heads * a.head_dim], axis=1)
+    if weights.query_norm is not None:
         query = _normalise(query, weights.query_norm[...], config.norm_epsilon)
+    query = _clamp(query.reshape(-1, a.heads, a.head_dim), a.clip_qkv)
+    return rotate(query, cos, sin), *_finish_kv(weights, kv, cos, sin, config)
+
+
+def project_kv(
+    weights: AttentionWeights,
+    x: Float[Array, "tokens embed"],
+    cos: Float[Array, "tokens half"],
+    sin: Float[Array, "tokens half"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
+    """The keys and values of `project_qkv`, without the queries."""
+    first = config.attention.heads * config.attention.head_dim
+    bias = None if weights.qkv_bias is None else weights.qkv_bias[first:]
+    return _finish_kv(weights, linear(weights.qkv[first:], x, bias), cos, sin, config)
+
+
+def _finish_kv(
+    weights: AttentionWeights,
+    kv: Float[Array, "tokens _"],
+    cos: Float[Array, "tokens half"],
+    sin: Float[Array, "tokens half"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
+    a = config.attention
+    key, value = jnp.split(kv, 2, axis=1)
+    if weights.key_norm is not None:
         key = _normalise(key, weights.key_norm[...], config.norm_epsilon)
-    query = query.reshape(tokens, a.heads, a.head_dim)
-    key = key.reshape(tokens, a.kv_heads, a.head_dim)
-    value = value.reshape(tokens, a.kv_heads, a.head_dim)
-    if a.clip_qkv is not None:
-        query, key, value = (
-            jnp.clip(part, -a.clip_qkv, a.clip_qkv) for part in (query, key, value)
-        )
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
+    key, value = (
+        _clamp(part.reshape(-1, a.kv_heads, a.head_dim), a.clip_qkv) for part in (key, value)
+    )
+    return rotate(key, cos, sin), value
+
+
+def _clamp(x: Float[Array, "*shape"], limit: float | None) -> Float[Array, "*shape"]:
+    return x if limit is None else jnp.clip(x, -limit, limit)
 
 
 def _normalise(

@@ -15,7 +15,7 @@ from host_offload.host_compute import compiler_options
 from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.experts import LayerExperts
-from moe_jax.model.layer import run_layer
+from moe_jax.model.layer import extend_kv, run_layer
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
@@ -41,6 +41,16 @@ class LayerExecutor(Protocol):
 
         `following` is the layer that comes next, for which something may be prepared.
         """
+        ...
+
+    def extend_kv(
+        self,
+        layer: "ServedLayer",
+        kv: LayerKv,
+        x: Float[Array, "tokens embed"],
+        step: StepState,
+    ) -> LayerKv:
+        """DONATES kv. Adds the keys and values of one step's tokens, and runs nothing else."""
         ...
 
 
@@ -83,12 +93,18 @@ class LayerProgram:
                 streams=streams,
             )
 
+        def keep(parameters, kv, x, step):
+            traces["kv", x.shape[0], window] += 1
+            return extend_kv(nnx.merge(graph, parameters), kv, x, step, config)
+
+        options = compiler_options()
         self._run = jax.jit(
             layer,
             static_argnames="max_query_length",
             donate_argnames=("kv", "x", "tally"),
-            compiler_options=compiler_options(),
+            compiler_options=options,
         )
+        self._extend_kv = jax.jit(keep, donate_argnames="kv", compiler_options=options)
 
     def __call__(
         self,
@@ -112,3 +128,13 @@ class LayerProgram:
             tally,
             max_query_length=max_query_length,
         )
+
+    def extend_kv(
+        self,
+        layer: ServedLayer,
+        kv: LayerKv,
+        x: Float[Array, "tokens embed"],
+        step: StepState,
+    ) -> LayerKv:
+        """DONATES kv. Adds the keys and values of one step's tokens, and runs nothing else."""
+        return self._extend_kv(layer.parameters, kv, x, step)

@@ -198,6 +198,16 @@ class DrivenProgram:
             hosted = jax.device_put(hosted, sharding("device"))
         return self._run_mix(layer.parameters, x, output, hosted, routed), kv, tally
 
+    def extend_kv(
+        self,
+        layer: ServedLayer,
+        kv: LayerKv,
+        x: Float[Array, "tokens embed"],
+        step: StepState,
+    ) -> LayerKv:
+        """DONATES kv. Adds the keys and values of one step's tokens, and runs nothing else."""
+        return self._whole.extend_kv(layer, kv, x, step)
+
 
 def _router_of(layer: ServedLayer | None) -> tuple[Array, Array, np.int32] | None:
     """Router, addresses and slots of a layer that misses experts."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.cache.paged_kv import LayerKv, write_kv
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import project_output, project_qkv
+from moe_jax.model.attention import project_kv, project_output, project_qkv
 from moe_jax.model.dispatch import Dispatch, block_widths, combine, dispatch, gather_rows
 from moe_jax.model.experts import LayerExperts, run_experts
 from moe_jax.model.ops import gated_ffn, linear, rms_norm
@@ -120,6 +120,23 @@ def attend(
             sliding_window=window,
         )
         return x + project_output(weights.attention, attended), kv
+
+
+def extend_kv(
+    weights: LayerWeights,
+    kv: LayerKv,
+    x: Float[Array, "tokens embed"],
+    step: StepState,
+    config: ModelConfig,
+) -> LayerKv:
+    """Adds the tokens' keys and values to the pages, which is all that later tokens need of them.
+
+    Of a prompt, no more is needed in the last layer but of its last token.
+    """
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights.attention_norm[...], config.norm_epsilon)
+        key, value = project_kv(weights.attention, normed, step.cos, step.sin, config)
+        return write_kv(kv, step.slot, key, value)
 
 
 def route_layer(

@@ -5,6 +5,7 @@ Each is traced once per token bucket; `traces` counts how often, so that tests c
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -52,6 +53,7 @@ class Programs:
         given = (None, sharding("device"))
         embed = functools.partial(self._embed_step, pages, page_size)
         self._embed = jax.jit(embed, in_shardings=given)
+        self._narrow = jax.jit(functools.partial(self._narrow_rows, pages, page_size))
         self._head = jax.jit(self._head_rows, compiler_options=compiler_options())
 
     def layer(self, graph: nnx.GraphDef, window: int | None) -> LayerExecutor:
@@ -69,6 +71,18 @@ class Programs:
         """Looks the tokens up, derives what the layers share, and starts the step's tally."""
         return self._embed(embedding, step)
 
+    def narrow(
+        self,
+        x: Float[Array, "tokens embed"],
+        step: StepInputs,
+        rows: Int[np.ndarray, " rows"],
+    ) -> tuple[Float[Array, "rows embed"], StepState]:
+        """The chosen rows and what a layer needs to go on with them; `step` is of these tokens.
+
+        Their keys and values are not written: they are in the pages.
+        """
+        return self._narrow(x, step, rows)
+
     def head(
         self,
         final_norm: Float[Array, " embed"],
@@ -84,6 +98,12 @@ class Programs:
         state = prepare_step(step, self._config, pages, page_size)
         tally = Tally.empty(self._config.layers, self._config.moe.num_experts)
         return embedding[step.tokens], state, tally
+
+    def _narrow_rows(self, pages, page_size, x, step, rows):
+        self.traces["narrow", x.shape[0], rows.shape[0]] += 1
+        state = prepare_step(step, self._config, pages, page_size)
+        nowhere = jnp.full_like(state.slot, pages * page_size)
+        return x[rows], replace(state, slot=nowhere)
 
     def _head_rows(self, final_norm, unembedding, x, rows):
         self.traces["head", x.shape[0], rows.shape[0]] += 1

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import moe_jax
-from moe_jax.engine.runner import NewTokens
+from moe_jax.engine.batch import NewTokens
 from tests.golden.models import GRID, save_tiny, tiny_model
 
 pytestmark = pytest.mark.golden

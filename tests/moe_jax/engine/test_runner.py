@@ -6,7 +6,7 @@ import pytest
 
 import moe_jax
 from moe_jax.engine import runner as runner_module
-from moe_jax.engine.runner import NewTokens, pack_step
+from moe_jax.engine.batch import NewTokens, pack_step
 from moe_jax.model.compiled import LayerProgram
 
 TOKENS = np.random.default_rng(2).integers(1, 300, 24)
