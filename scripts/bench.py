@@ -160,18 +160,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         version = systems["transformers"].version
         systems["transformers"].close()
     read_rate, product_rate = statistics.median(read_rates), statistics.median(product_rates)
-    # Two operations for each weight of two bytes; logits are wanted of the last token alone.
-    operations = needed - 2 * config["vocab_size"] * config["hidden_size"]
+    # Two operations for each weight of two bytes; logits are wanted of the last token alone, and
+    # moe_jax runs no other in the last layer.
+    every_layer = needed - 2 * config["vocab_size"] * config["hidden_size"]
+    all_but_one = every_layer * (1 - 1 / config["num_hidden_layers"])
     expert = calibrate(systems["moe_jax"].engine.config, np.dtype(bfloat16), recalibrate=True)
     expert_rate = expert.work_bytes / expert.host.seconds[0]
     stats = systems["moe_jax"].engine.stats
     rows = {}
     for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
         own = systems[name]
-        achieved = (own.bytes_per_token(config) if isinstance(own, Ours) else needed) / decode
+        ours = isinstance(own, Ours)
+        achieved = (own.bytes_per_token(config) if ours else needed) / decode
+        operations = arguments.prefill * (all_but_one if ours else every_layer)
         rows[name] = {
             "prefill_tokens_per_second": arguments.prefill / prefill,
-            "share_of_product_limit": operations * arguments.prefill / prefill / product_rate,
+            "share_of_product_limit": operations / prefill / product_rate,
             "decode_tokens_per_second": 1 / decode,
             "decode_bytes_per_second": achieved,
             "share_of_read_limit": achieved / read_rate,

@@ -188,7 +188,9 @@ def load(
         prefetch,
         streams=missing_experts != "host",
     )
-    runner = Runner(receiver.build(programs, curves), programs, memory.kv_pages, max_seqs)
+    model = receiver.build(programs, curves)
+    # What experts the tokens of prompts use is what a policy begins with.
+    runner = Runner(model, programs, memory.kv_pages, max_seqs, whole_prompts=policy.moves)
     plan = make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer)
     most = expert_pieces * (sum(config.moe_layers) if max_swaps is None else max_swaps)
     if expert_pieces > 1:

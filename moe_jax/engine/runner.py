@@ -70,10 +70,23 @@ class StepReport:
 class Runner:
     """Executes steps of one model over its own KV pages."""
 
-    def __init__(self, model: ServedModel, programs: Programs, pages: int, max_seqs: int):
+    def __init__(
+        self,
+        model: ServedModel,
+        programs: Programs,
+        pages: int,
+        max_seqs: int,
+        *,
+        whole_prompts: bool,
+    ):
+        """With `whole_prompts` the last layer, too, runs all tokens of a prompt, and reports them.
+
+        No result needs it, but who learns from the reports which experts are used may.
+        """
         self.model = model
         self.programs = programs
         self.pages = pages
+        self._whole_prompts = whole_prompts
         self._seqs = bucket_of(max_seqs)
         self._kv = allocate_kv(model.config, pages, model.dtype)
         self._unread: list[StepReport] = []
@@ -130,9 +143,10 @@ class Runner:
         `wanted` are places in the batch's tokens laid end to end, rising, for each sequence the
         last ones of its tokens or none; the first len(wanted) rows of the result are the logits
         after them. Shapes are few: one new token per sequence (decode), at most VERIFY_TOKENS, or a
-        prefill bucket over all of them; then the last layer is run for the wanted ones alone.
-        `sampled` stands for the tokens of the batch, one for each sequence, where a program has
-        still to find them: as many as the rows of logits that they are sampled from.
+        prefill bucket over all of them; then the last layer is run for the wanted ones alone,
+        unless prompts are to be run whole. `sampled` stands for the tokens of the batch, one for
+        each sequence, where a program has still to find them: as many as the rows of logits that
+        they are sampled from.
         """
         if any(len(new.tokens) > 1 and not new.verify for new in batch):
             return self._prefill(batch, wanted)
@@ -189,29 +203,45 @@ class Runner:
     def _prefill(
         self, batch: Sequence[NewTokens], wanted: Sequence[int]
     ) -> Float[Array, "rows vocab"]:
-        """Runs a step with tokens of prompts, in the last layer no more of them than are wanted.
-
-        There all tokens leave their keys and values; the wanted ones go on in the shapes of decode.
-        """
-        model, programs, last = self.model, self.programs, last_tokens(batch, wanted)
+        """Runs a step with tokens of prompts; the logits of those wanted, in the rows of decode."""
         total = sum(len(new.tokens) for new in batch)
         bucket = next(size for size in PREFILL_BUCKETS if size >= total)
-        rows, seqs, longest = decode_shape(last) if last else (0, 0, 0)
+        last = last_tokens(batch, wanted)
+        if self._whole_prompts:
+            x = self._run(batch, bucket, self._seqs, bucket)
+            places = padded(wanted, decode_shape(last)[0] if last else 0)
+        else:
+            x = self._run_narrowing(batch, bucket, last, wanted)
+            places = np.arange(x.shape[0] if last else 0, dtype=np.int32)
+        if not last:
+            return jnp.zeros((0, self.model.config.vocab), jnp.float32)
+        return self._logits(x, places)
+
+    def _run_narrowing(
+        self,
+        batch: Sequence[NewTokens],
+        bucket: int,
+        last: Sequence[NewTokens],
+        wanted: Sequence[int],
+    ) -> Float[Array, "rows embed"]:
+        """Runs a step in whose last layer all tokens leave their keys and values and no more.
+
+        The wanted ones, if any, go on in the shapes of decode.
+        """
+        programs, layer = self.programs, self.model.layers[-1]
         traced = self._begin()
         step = pack_step(batch, bucket, self._seqs)
         give_way()
-        x, state, tally = programs.embed(model.embedding, step)
+        x, state, tally = programs.embed(self.model.embedding, step)
         x, tally = self._layers(x, state, tally, bucket, slice(-1))
         give_way()
-        layer = model.layers[-1]
         self._kv[-1] = layer.program.extend_kv(layer, self._kv[-1], x, state)
         if last:
+            rows, seqs, longest = decode_shape(last)
             x, state = programs.narrow(x, pack_step(last, rows, seqs), padded(wanted, rows))
             x, tally = self._layers(x, state, tally, longest, slice(-1, None))
         self._end(traced, bucket, bucket, tally)
-        if not last:
-            return jnp.zeros((0, model.config.vocab), jnp.float32)
-        return self._logits(x, np.arange(rows, dtype=np.int32))
+        return x
 
     def _begin(self) -> int:
         """Begins a step; returns how often programs had been traced by then."""

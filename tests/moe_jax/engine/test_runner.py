@@ -1,13 +1,15 @@
 """Steps compile once, keep their pages in place, and survive being broken off."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax.engine import runner as runner_module
-from moe_jax.engine.batch import NewTokens, pack_step
+from moe_jax.engine.batch import NewTokens
 from moe_jax.model.compiled import LayerProgram
+from tests.tolerances import assert_close
 
 TOKENS = np.random.default_rng(2).integers(1, 300, 24)
 
@@ -112,12 +114,64 @@ def test_a_prompt_longer_than_the_largest_bucket_is_prefilled_in_chunks(tiny, mo
     assert text.tokens == engine.generate(tokens, max_tokens=4, ignore_eos=True).tokens
 
 
-def test_packing_lays_sequences_end_to_end():
-    pages = np.array([[3, 9], [4, 5]], np.int32)
-    batch = [NewTokens([7, 8], 4, 6, pages[0]), NewTokens([9], 0, 1, pages[1])]
-    step = pack_step(batch, tokens=5, seqs=4)
-    assert step.tokens.tolist() == [7, 8, 9, 0, 0]
-    assert step.query_starts.tolist() == [0, 2, 3, 3, 3]
-    assert step.kv_lengths.tolist() == [6, 1, 0, 0]
-    assert step.rope_lengths.tolist() == [6, 1, 1, 1]
-    assert step.block_tables.tolist() == [[3, 9], [4, 5], [0, 0], [0, 0]]
+@pytest.fixture(scope="module", params=["static", "lfru"])
+def four(tiny, request):
+    """Room for four sequences, their texts and their pages."""
+    options = {"max_tokens": 128, "max_seqs": 4, "residency": request.param}
+    engine = moe_jax.load(tiny, dtype="float32", progress=False, **options)
+    texts = np.random.default_rng(5).integers(1, 300, (4, 24)).tolist()
+    return engine, texts, np.arange(8, dtype=np.int32).reshape(4, 2)
+
+
+# Of each text: where its new tokens begin and end, and after how many of the last ones logits are
+# wanted. Texts that begin late have been read up to there; several wanted ones were guessed.
+MIXED = {
+    "a_whole_prompt": [(0, 13, 1)],
+    "a_part_of_a_prompt": [(0, 13, 0)],
+    "two_ends": [(0, 13, 1), (4, 9, 1)],
+    "an_end_beside_decoding": [(0, 13, 1), (0, 7, 0), (11, 12, 1)],
+    "everything": [(0, 13, 1), (0, 7, 0), (11, 12, 1), (20, 23, 3)],
+}
+
+
+@pytest.mark.parametrize("parts", MIXED.values(), ids=MIXED)
+def test_a_prompt_runs_its_last_layer_for_what_is_wanted(four, parts):
+    engine, texts, pages = four
+    runner, config = engine._loop.runner, engine.config
+    new = lambda i, start, end: NewTokens(
+        texts[i][start:end], start, 24, pages[i], verify=parts[i][2] > 1
+    )
+    expected, batch, wanted = [], [], []
+    for i, (start, end, count) in enumerate(parts):
+        everything = runner.all_logits(new(i, 0, end))
+        expected += list(everything[end - count :][:count])
+        batch.append(new(i, start, end))
+        total = sum(len(one.tokens) for one in batch)
+        wanted += range(total - count, total)
+    floats = lambda: [np.asarray(page).view(np.float32) for page in pages_of(engine)]
+    before = floats()
+    runner.take_reports()
+    found = np.asarray(runner.step(batch, wanted))
+    assert len(found) in (0, len(wanted), 4, 32) and np.isfinite(found).all()
+    if wanted:
+        assert_close(found[: len(wanted)], np.stack(expected))
+    (report,) = runner.take_reports()
+    routed = report.read().tally.counts.sum(axis=1) / config.moe.experts_per_token
+    *earlier, last = routed[np.asarray(config.moe_layers)]
+    assert earlier == [len(np.concatenate([one.tokens for one in batch]))] * len(earlier)
+    moves = engine._observer.mover.residency.policy.moves
+    assert last == (earlier[0] if moves else len(wanted))
+    for page, was in zip(floats(), before, strict=True):
+        np.testing.assert_allclose(page, was, atol=1e-5)
+
+
+def test_a_long_prompt_leaves_its_keys_in_every_layer(four):
+    engine, texts, pages = four
+    runner = engine._loop.runner
+    new = lambda start, end: NewTokens(texts[0][start:end], start, 24, pages[0])
+    expected = runner.all_logits(new(0, 24))[-1]
+    nan = np.float32(np.nan).view(np.uint32)
+    runner._kv = jax.tree.map(lambda page: jnp.full_like(page, nan), runner._kv)
+    assert runner.step([new(0, 9)], []).shape == (0, engine.config.vocab)
+    runner.step([new(9, 20)], [])
+    assert_close(np.asarray(runner.step([new(20, 24)], [3]))[0], expected)
