@@ -115,15 +115,15 @@ def serve_transformers(pipe: Any, folder: str) -> None:
         pipe.send((filled - start, time.perf_counter() - filled))
 
 
-def alternate(repeats: int, *runs: Callable[[], float]) -> list[float]:
-    """The median seconds of each run; A, B, A, B ... so that noise meets all alike."""
+def alternate(repeats: int, *runs: Callable[[], float]) -> list[list[float]]:
+    """What each run returned, the first time not counted; A, B, A, B ... so noise meets all."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
     for _ in range(repeats):
         for slot, run in zip(times, runs, strict=True):
             slot.append(run())
-    return [statistics.median(slot) for slot in times]
+    return times
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,8 +134,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     long = rng.integers(0, config["vocab_size"], arguments.prefill).tolist()
     short = long[:16]
-    read_rates: list[float] = []
-    product_rates: list[float] = []
     systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
     if arguments.int8:
         systems |= {
@@ -145,15 +143,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
     if not arguments.skip_transformers:
         systems["transformers"] = Transformers(folder)
-    *prefills, _ = alternate(
+    *prefills, product_rates = alternate(
         arguments.repeats,
         *(lambda s=s: s.prefill(long) for s in systems.values()),
-        lambda: product_rates.append(measure_product_rate("bfloat16")) or 0.0,
+        lambda: measure_product_rate("bfloat16"),
     )
-    *decodes, _ = alternate(
+    *decodes, read_rates = alternate(
         arguments.repeats,
         *(lambda s=s: s.decode(short, arguments.decode) for s in systems.values()),
-        lambda: read_rates.append(measure_read_rate()) or 0.0,
+        measure_read_rate,
     )
     version = None
     if "transformers" in systems:
@@ -168,7 +166,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     expert_rate = expert.work_bytes / expert.host.seconds[0]
     stats = systems["moe_jax"].engine.stats
     rows = {}
-    for name, prefill, decode in zip(systems, prefills, decodes, strict=True):
+    for name, *runs in zip(systems, prefills, decodes, strict=True):
+        prefill, decode = map(statistics.median, runs)
         own = systems[name]
         ours = isinstance(own, Ours)
         achieved = (own.bytes_per_token(config) if ours else needed) / decode
@@ -179,6 +178,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "decode_tokens_per_second": 1 / decode,
             "decode_bytes_per_second": achieved,
             "share_of_read_limit": achieved / read_rate,
+            "runs": {"prefill_seconds": runs[0], "decode_seconds": runs[1]},
         }
     return {
         "date": date.today().isoformat(),
@@ -190,6 +190,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_token": needed,
         "read_bytes_per_second": read_rate,
         "product_operations_per_second": product_rate,
+        "runs": {
+            "read_bytes_per_second": read_rates,
+            "product_operations_per_second": product_rates,
+        },
         "experts_alone": {
             "bytes_per_second": expert_rate,
             "share_of_read_limit": expert_rate / expert.read_rate,

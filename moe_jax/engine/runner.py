@@ -5,6 +5,7 @@ Knows weights, KV pages and programs; not requests, text or sampling.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -264,8 +265,8 @@ class Runner:
     ) -> tuple[Float[Array, "tokens embed"], Tally]:
         """Runs some of the layers, one after the other."""
         layers = list(enumerate(self.model.layers))[which]
-        following = [*(layer for _, layer in layers[1:]), None]
-        for (i, layer), after in zip(layers, following, strict=True):
+        for (i, layer), following in zip_longest(layers, layers[1:]):
+            after = following and following[1]
             give_way()
             x, self._kv[i], tally = layer.program(
                 layer, self._kv[i], x, state, self.model.curves, tally, max_query_length, after

@@ -16,7 +16,7 @@ from host_offload.host_compute import compiler_options
 from moe_jax.cache.paged_kv import LayerKv, storage_heads
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
-from moe_jax.model.layer import run_layer
+from moe_jax.model.layer import extend_kv, run_layer
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.model.weights import LayerWeights
@@ -50,15 +50,11 @@ CONFIG = ModelConfig(
 HALVES = replace(CONFIG, moe=CONFIG.moe.cut(2))
 
 
-def compile_layer(target, tokens, slots, config, **flags):
-    """One layer, `slots` of its experts resident, the others in pinned host memory."""
+def dense_arguments(tokens, config):
+    """A layer's structure, and its parameters, pages, activations and step."""
     i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
     graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(config, 0, jnp.dtype(bf16))))
     parameters = jax.tree.map(lambda x: array(x.shape, x.dtype), nnx.to_pure_dict(state))
-    count, (gate_up, down) = config.moe.num_experts, config.expert_shapes
-    bank = ExpertBank(array((slots, *gate_up), bf16), array((slots, *down), bf16))
-    host = Expert(array(gate_up, bf16, "pinned_host"), array(down, bf16, "pinned_host"))
-    experts = LayerExperts(bank if slots else (), (host,) * (count - slots), array((count,), i32))
     pages = array((64, 16, *storage_heads(2, 64)), bf16)
     step = StepState(
         valid=array((tokens,), jnp.bool_),
@@ -69,6 +65,17 @@ def compile_layer(target, tokens, slots, config, **flags):
         kv_lengths=array((1,), i32),
         block_tables=array((1, 64), i32),
     )
+    return graph, parameters, LayerKv(pages, pages), array((tokens, 512), bf16), step
+
+
+def compile_layer(target, tokens, slots, config, **flags):
+    """One layer, `slots` of its experts resident, the others in pinned host memory."""
+    i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
+    graph, parameters, kv, x, step = dense_arguments(tokens, config)
+    count, (gate_up, down) = config.moe.num_experts, config.expert_shapes
+    bank = ExpertBank(array((slots, *gate_up), bf16), array((slots, *down), bf16))
+    host = Expert(array(gate_up, bf16, "pinned_host"), array(down, bf16, "pinned_host"))
+    experts = LayerExperts(bank if slots else (), (host,) * (count - slots), array((count,), i32))
     scalar, curve = array((), f32), array((3,), f32)
     curves = CostCurves(
         tokens=curve,
@@ -95,11 +102,7 @@ def compile_layer(target, tokens, slots, config, **flags):
             max_query_length=tokens,
         )
 
-    x, kv, tally = (
-        array((tokens, 512), bf16),
-        LayerKv(pages, pages),
-        Tally(layer=array((), i32), rows=array((1, 3 * count + 1), f32)),
-    )
+    tally = Tally(layer=array((), i32), rows=array((1, 3 * count + 1), f32))
     arguments = parameters, experts, kv, x, step, curves, tally
     return compile_for(target, layer, *arguments, donated=(2, 3, 6), **flags)
 
@@ -186,6 +189,22 @@ def test_halves_of_experts_are_scheduled_as_experts_are(target):
     assert len(given) == 2 * missing
     assert all(line.opcode == "parameter" and "S(5)" in line.type for line in given)
     assert sum(bool(fetch.beside) for fetch in fetches(compiled)) == 2 * 2 * missing
+
+
+@pytest.mark.parametrize("target, backend", [("h200", "gpu"), ("v5e", "tpu")])
+def test_a_layer_that_only_keeps_keys_and_values_writes_them_in_place(target, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    graph, parameters, kv, x, step = dense_arguments(128, CONFIG)
+
+    def keep(parameters, kv, x, step):
+        return extend_kv(nnx.merge(graph, parameters), kv, x, step, CONFIG)
+
+    flags = compiler_options(backend)
+    compiled = compile_for(target, keep, parameters, kv, x, step, donated=(1,), **flags)
+    assert not re.findall(r"bf16\[(?:64,16|1024),\S* (?:copy|copy-start)\(", compiled.text)
+    product = lambda width: re.findall(rf"\[(?:128,{width}|{width},128)\]", compiled.text)
+    keys_and_values = 2 * 2 * 64
+    assert product(keys_and_values) and not product(8 * 64 + keys_and_values)
 
 
 @pytest.mark.parametrize("tokens", [1, 128])

@@ -45,4 +45,5 @@ def test_bench_measures_a_checkpoint_it_makes(run, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     row = json.loads(out.read_text())["rows"]["moe_jax"]
     assert row["prefill_tokens_per_second"] > 0 and row["share_of_read_limit"] > 0
+    assert [len(runs) for runs in row["runs"].values()] == [1, 1]
     assert "| moe_jax |" in done.stdout
