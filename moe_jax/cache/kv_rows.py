@@ -72,7 +72,7 @@ class KvRows:
     @property
     def tables(self) -> Int[np.ndarray, "rows pages_per_row"]:
         """The pages of every row; ids that name no page are past the end."""
-        return np.asarray(self._pool.block_tables)
+        return self._pool.block_tables
 
     def held(self, rows: Sequence[int]) -> int:
         """How many pages these rows hold together."""
@@ -109,11 +109,11 @@ class KvRows:
         by_row = np.zeros(self._rows, np.int32)
         by_row[list(counts)] = list(counts.values())
         pool, copies, short = append(self._pool, by_row)
-        while int(short) and self._index.idle:
-            self._evict(int(short))
+        while short and self._index.idle:
+            self._evict(short)
             pool, copies, short = append(self._pool, by_row)
-        if int(short):
-            raise RuntimeError(f"the KV cache is {int(short)} pages short; this is a bug")
+        if short:
+            raise RuntimeError(f"the KV cache is {short} pages short; this is a bug")
         self._pool = pool
         return copies if np.any(np.asarray(copies.target) < self.pages) else None
 
@@ -171,7 +171,7 @@ class KvRows:
     def violations(self) -> list[str]:
         """What is wrong; nothing, ever."""
         wrong = violations(self._pool) + self._index.violations()
-        held = set(np.flatnonzero(np.asarray(self._pool.held)).tolist())
+        held = set(np.flatnonzero(self._pool.held).tolist())
         if (listed := self._index.pages) != held:
             wrong.append(f"pages {sorted(listed ^ held)} are either listed or held, not both")
         lengths = self._pool.lengths

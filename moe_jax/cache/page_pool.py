@@ -1,28 +1,21 @@
 """Which row owns which page of the KV cache: block tables, lengths and reference counts.
 
-Knows page numbers and token counts; not what is in a page, and not which request a row serves. The
-arrays live on the host's own device, so that reading them never waits for the accelerator. Every
-change checks its arguments, then runs one small program, compiled once per shape of the pool; only
-rows that grow inside pages of their own, as in most steps of decoding, need none.
-Arguments are copied: XLA:CPU may use a numpy array where it is, after the caller has changed it.
+Knows page numbers and token counts; not what is in a page, and not which request a row serves. All
+in numpy: a program, however small, would wait its turn behind the layers of a step on XLA:CPU, and
+Python with it. Every change checks its arguments and returns another pool; arrays that it does not
+change are shared, and none is ever written to again.
 """
 
 from dataclasses import dataclass, replace
-from typing import no_type_check
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Bool, Int, Int32
 
-from host_offload.memory import host_device
 from moe_jax.cache.paged_kv import PAGE_SIZE, PageCopies
 
-Rows = Int[Array | np.ndarray, " rows"]
+Rows = Int[np.ndarray, " rows"]
 
 
-@no_type_check  # jax rebuilds it with other leaves in the fields
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagePool:
     """Who owns what.
@@ -31,29 +24,30 @@ class PagePool:
       references: of each page, the rows that name it, and one more if it is held; 0: it is free.
       held: whether the prefix index lists the page.
       block_tables: the pages of each row in order; entries past them are `pages`: no page.
-      lengths: tokens of each row; in numpy, for they change at every step.
+      lengths: tokens of each row.
     """
 
-    references: Int32[Array, " pages"]
-    held: Bool[Array, " pages"]
-    block_tables: Int32[Array, "rows pages_per_row"]
-    lengths: Int32[Array | np.ndarray, " rows"]  # an Array inside programs only
+    references: Int32[np.ndarray, " pages"]
+    held: Bool[np.ndarray, " pages"]
+    block_tables: Int32[np.ndarray, "rows pages_per_row"]
+    lengths: Int32[np.ndarray, " rows"]
+
+    def __post_init__(self):
+        for array in vars(self).values():
+            array.flags.writeable = False
 
 
 def empty_pool(pages: int, rows: int, pages_per_row: int) -> PagePool:
     """A pool in which all pages are free and all rows empty."""
-    on_host = lambda array: jax.device_put(array, host_device())
     return PagePool(
-        references=on_host(np.zeros(pages, np.int32)),
-        held=on_host(np.zeros(pages, bool)),
-        block_tables=on_host(np.full((rows, pages_per_row), pages, np.int32)),
+        references=np.zeros(pages, np.int32),
+        held=np.zeros(pages, bool),
+        block_tables=np.full((rows, pages_per_row), pages, np.int32),
         lengths=np.zeros(rows, np.int32),
     )
 
 
-def append(
-    pool: PagePool, counts: Rows
-) -> tuple[PagePool, PageCopies, Int32[Array | np.ndarray | np.generic, ""]]:
+def append(pool: PagePool, counts: Rows) -> tuple[PagePool, PageCopies, int]:
     """Rows grow by `counts` tokens, in pages that no other row and no index can read.
 
     New pages are the lowest that are free, given to rows in order. If others refer to the partly
@@ -65,75 +59,53 @@ def append(
 
     Raises ValueError if a count is negative or a row would outgrow its block table.
     """
-    counts = np.array(counts, np.int32)
+    counts = np.asarray(counts, np.int32)
     lengths = pool.lengths + counts
-    capacity = pool.block_tables.shape[1] * PAGE_SIZE
+    (rows, pages_per_row), pages = pool.block_tables.shape, pool.references.size
+    capacity = pages_per_row * PAGE_SIZE
     if counts.min() < 0 or lengths.max() > capacity:
         row = int(counts.argmin() if counts.min() < 0 else lengths.argmax())
         raise ValueError(
             f"row {row} cannot grow by {counts[row]} tokens to {lengths[row]}: its block table "
             f"holds {capacity}; end the sequence, or truncate() it to drop tokens"
         )
-    if _have_room(pool, counts):
-        no_page = np.full(counts.size, pool.references.shape[0], np.int32)
-        return replace(pool, lengths=lengths), PageCopies(no_page, no_page), np.int32(0)
-    pool, copies, short = _append(pool, counts)
-    return _changed(pool), copies, short
+    copied, last = _to_be_copied(pool, counts)
+    start = _pages_of(pool.lengths)
+    start[copied] -= 1
+    needed = _pages_of(lengths) - start
+    source, target = np.full((2, rows), pages, np.int32)
+    if not needed.any():
+        return replace(pool, lengths=lengths), PageCopies(source, target), 0
+    (free,) = (pool.references == 0).nonzero()
+    if short := max(int(needed.sum()) - free.size, 0):
+        return pool, PageCopies(source, target), short
+
+    row = np.repeat(np.arange(rows), needed)
+    nth = np.arange(row.size) - (needed.cumsum() - needed)[row]
+    tables, references = pool.block_tables.copy(), pool.references.copy()
+    tables[row, start[row] + nth] = taken = free[: row.size]
+    references[taken] = 1
+    np.subtract.at(references, last, 1)
+    source[copied] = last
+    target[copied] = tables[copied, start[copied]]
+    return PagePool(references, pool.held, tables, lengths), PageCopies(source, target), 0
 
 
-def _have_room(pool: PagePool, counts: Int[np.ndarray, " rows"]) -> bool:
-    """Whether all rows that grow do so in a page that they have and that nobody else refers to."""
-    (rows,) = counts.nonzero()
-    before = pool.lengths[rows]
-    last = np.asarray(pool.block_tables)[rows, before // PAGE_SIZE]
-    offset = before % PAGE_SIZE
-    fit = (offset > 0) & (offset + counts[rows] <= PAGE_SIZE)
-    return bool(fit.all() and (np.asarray(pool.references)[last] == 1).all())
+def _pages_of(lengths: Rows) -> Rows:
+    return -(-lengths // PAGE_SIZE)
 
 
-def _changed(pool: PagePool) -> PagePool:
-    """What a program returned."""
-    return replace(pool, lengths=np.asarray(pool.lengths))
-
-
-@jax.jit
-def _append(pool, counts):
-    (pages,), (rows,) = pool.references.shape, pool.lengths.shape
-    row = jnp.arange(rows, dtype=jnp.int32)
-    before = -(-pool.lengths // PAGE_SIZE)
-    after = -(-(pool.lengths + counts) // PAGE_SIZE)
-
-    # Where the next token goes: the partly filled last page, or an entry that names no page.
-    last = pool.block_tables.at[row, pool.lengths // PAGE_SIZE].get(mode="fill", fill_value=pages)
-    last = jnp.where(counts > 0, last, pages)
-    writers = jnp.zeros(pages, jnp.int32).at[last].add(1, mode="drop")
-    first = jnp.full(pages, rows, jnp.int32).at[last].min(row, mode="drop")
-    keeps = (pool.references == writers).at[last].get(mode="fill", fill_value=True)
-    keeps &= first.at[last].get(mode="fill", fill_value=0) == row
-    copies = (last < pages) & ~keeps
-
-    start = before - copies.astype(jnp.int32)
-    needed = jnp.cumsum(after - start)
-    free = pool.references == 0
-    nth_free = jnp.cumsum(free, dtype=jnp.int32)
-    short = jnp.maximum(needed[-1] - nth_free[-1], 0)
-    enough = needed[-1] <= nth_free[-1]
-
-    # Seen from the free pages: which row takes each, and where in its table it goes.
-    taken = free & (nth_free <= needed[-1]) & enough
-    owner = jnp.searchsorted(needed, nth_free - 1, side="right", method="scan_unrolled")
-    owner = jnp.where(taken, owner, rows)
-    place = (after - needed).at[owner].get(mode="fill", fill_value=0) + nth_free - 1
-    page = jnp.arange(pages, dtype=jnp.int32)
-    tables = pool.block_tables.at[owner, place].set(page, mode="drop")
-
-    source = jnp.where(copies & enough, last, pages)
-    target = tables.at[row, pool.lengths // PAGE_SIZE].get(mode="fill", fill_value=pages)
-    target = jnp.where(copies & enough, target, pages)
-    references = pool.references + taken.astype(jnp.int32)
-    references = references.at[source].add(-1, mode="drop")
-    lengths = pool.lengths + jnp.where(enough, counts, 0)
-    return PagePool(references, pool.held, tables, lengths), PageCopies(source, target), short
+def _to_be_copied(pool: PagePool, counts: Rows) -> tuple[Int[np.ndarray, " _"], ...]:
+    """The rows that grow in a page which is not theirs to write into, and these pages."""
+    (rows,) = ((counts > 0) & (pool.lengths % PAGE_SIZE > 0)).nonzero()
+    last = pool.block_tables[rows, pool.lengths[rows] // PAGE_SIZE]
+    if (pool.references[last] == 1).all():  # as in most steps
+        return rows[:0], last[:0]
+    _, first, place, writers = np.unique(
+        last, return_index=True, return_inverse=True, return_counts=True
+    )
+    keeps = (pool.references[last] == writers[place]) & (first[place] == np.arange(rows.size))
+    return rows[~keeps], last[~keeps]
 
 
 def fork(pool: PagePool, parent: Rows) -> PagePool:
@@ -143,59 +115,48 @@ def fork(pool: PagePool, parent: Rows) -> PagePool:
 
     Raises ValueError if a parent is neither.
     """
-    parent = np.array(parent, np.int32)
-    rows = pool.lengths.shape[0]
+    parent = np.asarray(parent, np.int32)
+    rows, pages = pool.lengths.size, pool.references.size
     _check_range("parent", parent, rows, "the number of rows, which makes a row empty")
-    return _changed(_fork(pool, parent))
+    kept = parent < rows
+    copies = np.bincount(parent[kept], minlength=rows)
+    references = pool.references.copy()
+    for row in (copies != 1).nonzero()[0]:
+        own = pool.block_tables[row]
+        references[own[own < pages]] += copies[row] - 1
+    tables, lengths = np.full_like(pool.block_tables, pages), np.zeros_like(pool.lengths)
+    tables[kept], lengths[kept] = pool.block_tables[parent[kept]], pool.lengths[parent[kept]]
+    return PagePool(references, pool.held, tables, lengths)
 
 
-@jax.jit
-def _fork(pool, parent):
-    (pages,), (rows,) = pool.references.shape, pool.lengths.shape
-    copies = jnp.zeros(rows, jnp.int32).at[parent].add(1, mode="drop")
-    more = jnp.broadcast_to(copies[:, None] - 1, pool.block_tables.shape)
-    return PagePool(
-        references=pool.references.at[pool.block_tables].add(more, mode="drop"),
-        held=pool.held,
-        block_tables=pool.block_tables.at[parent].get(mode="fill", fill_value=pages),
-        lengths=pool.lengths.at[parent].get(mode="fill", fill_value=0),
-    )
-
-
-def release(pool: PagePool, gone: Bool[Array | np.ndarray, " rows"]) -> PagePool:
+def release(pool: PagePool, gone: Bool[np.ndarray, " rows"]) -> PagePool:
     """These rows become empty."""
-    rows = pool.lengths.shape[0]
-    return _changed(_fork(pool, np.where(gone, rows, np.arange(rows)).astype(np.int32)))
+    rows = pool.lengths.size
+    return fork(pool, np.where(gone, rows, np.arange(rows)))
 
 
 def adopt(
-    pool: PagePool, row: int, pages: Int[Array | np.ndarray, " pages_per_row"], count: int
+    pool: PagePool, row: int, pages: Int[np.ndarray, " pages_per_row"], count: int
 ) -> PagePool:
     """An empty row starts with the first `count` of these pages, all full; others are ignored.
 
     Raises ValueError if the row is not empty, or one of the pages is free or named twice.
     """
-    pages = np.array(pages, np.int32)
-    if not 0 <= row < pool.lengths.shape[0] or int(pool.lengths[row]):
+    pages = np.asarray(pages, np.int32)
+    if not 0 <= row < pool.lengths.size or int(pool.lengths[row]):
         raise ValueError(
-            f"row {row} is not an empty row of {pool.lengths.shape[0]}; release() it first"
+            f"row {row} is not an empty row of {pool.lengths.size}; release() it first"
         )
     if not 0 <= count <= pages.size:
         raise ValueError(f"a row of {pages.size} pages cannot adopt {count}")
-    _check_pages(pages[:count], np.asarray(pool.references) > 0, "adopted", "free")
-    return _changed(_adopt(pool, np.int32(row), pages, np.int32(count)))
-
-
-@jax.jit
-def _adopt(pool, row, pages, count):
-    none = pool.references.shape[0]
-    pages = jnp.where(jnp.arange(pages.shape[0]) < count, pages, none)
-    return PagePool(
-        references=pool.references.at[pages].add(1, mode="drop"),
-        held=pool.held,
-        block_tables=pool.block_tables.at[row].set(pages),
-        lengths=pool.lengths.at[row].set(count * PAGE_SIZE),
+    _check_pages(pages[:count], pool.references > 0, "adopted", "free")
+    references, tables, lengths = (
+        array.copy() for array in (pool.references, pool.block_tables, pool.lengths)
     )
+    references[pages[:count]] += 1
+    tables[row, :count] = pages[:count]
+    lengths[row] = count * PAGE_SIZE
+    return PagePool(references, pool.held, tables, lengths)
 
 
 def truncate(pool: PagePool, lengths: Rows) -> PagePool:
@@ -211,67 +172,56 @@ def truncate(pool: PagePool, lengths: Rows) -> PagePool:
             f"row {row} of {old[row]} tokens cannot be truncated to {lengths[row]}; "
             "append() adds tokens"
         )
-    return _changed(_truncate(pool, lengths))
+    first, end = _pages_of(lengths), _pages_of(old)
+    references, tables = pool.references.copy(), pool.block_tables.copy()
+    for row in (first < end).nonzero()[0]:
+        dropped = tables[row, first[row] : end[row]]
+        references[dropped] -= 1
+        dropped[:] = pool.references.size
+    return PagePool(references, pool.held, tables, lengths)
 
 
-@jax.jit
-def _truncate(pool, lengths):
-    none = pool.references.shape[0]
-    column = jnp.arange(pool.block_tables.shape[1], dtype=jnp.int32)[None, :]
-    kept = column < -(-lengths // PAGE_SIZE)[:, None]
-    dropped = jnp.where(kept, none, pool.block_tables)
-    return PagePool(
-        references=pool.references.at[dropped].add(-1, mode="drop"),
-        held=pool.held,
-        block_tables=jnp.where(kept, pool.block_tables, none),
-        lengths=lengths,
-    )
-
-
-def hold(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> PagePool:
+def hold(pool: PagePool, pages: Int[np.ndarray, " listed"]) -> PagePool:
     """These pages stay when no row names them any more; entries equal to the pool's size name none.
 
     Raises ValueError if one of them is free, held already, or named twice.
     """
-    held, pages = np.array(pool.held), _named(pool, pages)
-    _check_pages(pages, np.asarray(pool.references) > 0, "held", "free")
+    held, pages = pool.held.copy(), _named(pool, pages)
+    _check_pages(pages, pool.references > 0, "held", "free")
     _check_pages(pages, ~held, "held", "held already")
     held[pages] = True
-    return _changed(_set_held(pool, held))
+    return _with_held(pool, held)
 
 
-def unhold(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> PagePool:
+def unhold(pool: PagePool, pages: Int[np.ndarray, " listed"]) -> PagePool:
     """Undoes `hold`: those of the pages that no row names are free.
 
     Raises ValueError if one of them is not held, or named twice.
     """
-    held, pages = np.array(pool.held), _named(pool, pages)
+    held, pages = pool.held.copy(), _named(pool, pages)
     _check_pages(pages, held, "given up", "not held")
     held[pages] = False
-    return _changed(_set_held(pool, held))
+    return _with_held(pool, held)
 
 
-@jax.jit
-def _set_held(pool, held):
-    change = held.astype(jnp.int32) - pool.held.astype(jnp.int32)
-    return PagePool(pool.references + change, held, pool.block_tables, pool.lengths)
+def _with_held(pool: PagePool, held: Bool[np.ndarray, " pages"]) -> PagePool:
+    change = held.astype(np.int32) - pool.held
+    return replace(pool, references=pool.references + change, held=held)
 
 
 def free_pages(pool: PagePool) -> int:
     """How many pages nothing refers to."""
-    return int(np.count_nonzero(np.asarray(pool.references) == 0))
+    return int(np.count_nonzero(pool.references == 0))
 
 
 def violations(pool: PagePool) -> list[str]:
     """What is inconsistent; empty unless there is a bug."""
-    references, held = np.asarray(pool.references), np.asarray(pool.held)
-    tables, lengths = np.asarray(pool.block_tables), pool.lengths
+    references, held = pool.references, pool.held
+    tables, lengths = pool.block_tables, pool.lengths
     pages, (rows, pages_per_row) = references.size, tables.shape
     wrong = []
-    if held.shape != (pages,) or lengths.shape != (rows,):
-        return [f"{held.size} held for {pages} pages, {lengths.size} lengths for {rows} rows"]
 
-    needed = -(-lengths // PAGE_SIZE)
+    needed = _pages_of(lengths)
     for row in np.flatnonzero((lengths < 0) | (needed > pages_per_row)):
         wrong.append(f"row {row} has {lengths[row]} tokens in a table of {pages_per_row} pages")
     column = np.broadcast_to(np.arange(pages_per_row), tables.shape)
@@ -308,11 +258,11 @@ def violations(pool: PagePool) -> list[str]:
     return wrong
 
 
-def _named(pool: PagePool, pages: Int[Array | np.ndarray, " listed"]) -> Int[np.ndarray, " _named"]:
+def _named(pool: PagePool, pages: Int[np.ndarray, " listed"]) -> Int[np.ndarray, " _named"]:
     """The entries that name a page."""
     pages = np.asarray(pages, np.int32)
-    _check_range("page", pages, pool.references.shape[0], "the number of pages, which names none")
-    return pages[pages < pool.references.shape[0]]
+    _check_range("page", pages, pool.references.size, "the number of pages, which names none")
+    return pages[pages < pool.references.size]
 
 
 def _check_range(what: str, values: Int[np.ndarray, " _"], limit: int, meaning: str) -> None:

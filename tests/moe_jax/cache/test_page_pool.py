@@ -2,14 +2,10 @@
 
 import dataclasses
 import re
-from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 
-from host_offload.memory import host_device
-from moe_jax.cache import page_pool
 from moe_jax.cache.page_pool import (
     adopt,
     append,
@@ -38,7 +34,7 @@ def grown(pool, *counts):
 
 
 def tables(pool):
-    return [[page for page in row if page != NONE] for row in np.asarray(pool.block_tables)]
+    return [[page for page in row if page != NONE] for row in pool.block_tables]
 
 
 def copied(copies):
@@ -62,17 +58,17 @@ def test_the_lowest_free_pages_go_to_rows_in_order():
     pool = release(pool, np.array([True, False, False]))
     pool = grown(pool, 0, 33, 16)
     assert tables(pool) == [[], [0, 1, 3], [2, 4]]
-    assert np.asarray(pool.lengths).tolist() == [0, 33, 17]
-    assert np.asarray(pool.references).tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert pool.lengths.tolist() == [0, 33, 17]
+    assert pool.references.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert free_pages(pool) == 3
 
 
-def test_the_pool_is_on_the_host():
-    pool, copies, short = append(empty(), array(20, 0, 0))
-    pool = truncate(fork(pool, array(0, 0, 0)), array(3, 2, 1))
-    assert isinstance(pool.lengths, np.ndarray)
-    rest = pool.references, pool.held, pool.block_tables, copies, short
-    assert {d for leaf in jax.tree.leaves(rest) for d in leaf.devices()} == {host_device()}
+def test_arrays_are_never_written_again():
+    pool, _, _ = append(empty(), array(20, 0, 0))
+    for after in (pool, truncate(pool, array(3, 0, 0)), fork(pool, array(0, 0, 0)), beams()):
+        for values in vars(after).values():
+            with pytest.raises(ValueError, match="read-only"):
+                values[0] = values[-1]
 
 
 @pytest.mark.parametrize(
@@ -108,13 +104,13 @@ def test_if_pages_are_missing_nothing_changes(counts, missing):
     after, copies, short = append(before, array(*counts))
     assert int(short) == missing
     assert copied(copies) == [None] * ROWS
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert after is before
 
 
-def test_rows_grow_in_pages_of_their_own_without_a_program(monkeypatch):
-    pool = grown(empty(), 17, 0, 1)
-    monkeypatch.delattr(page_pool, "_append")
-    pool, copies, short = append(pool, array(15, 0, 3))
+def test_rows_grow_in_pages_of_their_own_without_a_new_table():
+    before = grown(empty(), 17, 0, 1)
+    pool, copies, short = append(before, array(15, 0, 3))
+    assert pool.block_tables is before.block_tables
     assert (tables(pool), pool.lengths.tolist()) == ([[0, 1], [], [2]], [32, 0, 4])
     assert (copied(copies), short) == ([None] * ROWS, 0)
     assert violations(pool) == []
@@ -124,27 +120,27 @@ def test_a_fork_is_a_permutation_with_repeats():
     pool = grown(empty(), 20, 1, 40)
     pool = fork(pool, array(2, ROWS, 0))
     assert tables(pool) == [[3, 4, 5], [], [0, 1]]
-    assert np.asarray(pool.references).tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
+    assert pool.references.tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
     pool = fork(pool, array(0, 0, 0))
-    assert np.asarray(pool.references).tolist() == [0, 0, 0, 3, 3, 3, 0, 0]
-    assert np.asarray(pool.lengths).tolist() == [40] * 3
+    assert pool.references.tolist() == [0, 0, 0, 3, 3, 3, 0, 0]
+    assert pool.lengths.tolist() == [40] * 3
 
 
 def test_pages_are_adopted_and_outlive_their_row_while_held():
     pool = release(beams(), np.array([False, False, True]))
     pool = adopt(pool, 2, array(2, 1, -5, 99), 1)
     assert tables(pool)[2] == [2]
-    assert np.asarray(pool.lengths)[2] == 16
-    assert np.asarray(pool.references)[2] == 2
+    assert pool.lengths[2] == 16
+    assert pool.references[2] == 2
     pool = unhold(hold(pool, array(NONE, 0)), array(NONE, 2, NONE))
     pool = release(pool, np.full(ROWS, True))
-    assert np.asarray(pool.references).tolist() == [1] + [0] * 7
+    assert pool.references.tolist() == [1] + [0] * 7
 
 
 def test_dropped_tokens_give_their_pages_back():
     pool = truncate(beams(), array(17, 16, 0))
     assert tables(pool) == [[0, 1], [0], []]
-    assert np.asarray(pool.references).tolist() == [2, 1, 1] + [0] * 5
+    assert pool.references.tolist() == [2, 1, 1] + [0] * 5
     assert violations(pool) == []
 
 
@@ -177,17 +173,11 @@ def test_what_makes_no_sense_is_refused(call, message):
 
 @pytest.mark.parametrize("operation", [append, truncate, fork])
 def test_arguments_may_be_changed_afterwards(operation):
-    """Aligned as here, XLA:CPU uses an array of the caller where it is."""
-    rows = 64
-    memory = np.zeros(4 * rows + 64, np.uint8)
-    aligned = memory[-memory.ctypes.data % 64 :][: 4 * rows].view(np.int32)
-    pool = append(empty_pool(2 * rows, rows, PAGES_PER_ROW), np.full(rows, 1, np.int32))[0]
-    for _ in range(20):  # programs start late now and then
-        aligned[:] = 0
-        after = operation(pool, aligned)
-        aligned[:] = 3
-        after = after[0] if operation is append else after
-        assert set(np.asarray(after.lengths).tolist()) == {0 if operation is truncate else 1}
+    pool, argument = grown(empty(), 1, 1, 1), array(0, 0, 0)
+    after = operation(pool, argument)
+    argument[:] = 3
+    after = after[0] if operation is append else after
+    assert set(after.lengths.tolist()) == {0 if operation is truncate else 1}
 
 
 def change(field, index, value):
@@ -222,7 +212,6 @@ def change(field, index, value):
         (change("lengths", 0, 33), "row 0 of 33 tokens names no page at 2, but 8"),
         (change("lengths", 2, -1), "row 2 has -1 tokens in a table of 4 pages"),
         (change("lengths", 2, 65), "row 2 has 65 tokens in a table of 4 pages"),
-        (lambda p: dataclasses.replace(p, held=np.zeros(7, bool)), "7 held for 8 pages, 3 lengths"),
     ],
 )
 def test_what_is_broken_is_found(mutate, message):
@@ -234,31 +223,5 @@ def test_double_frees_are_not_hidden():
     """Counts of a pool that is wrong already stay wrong: nothing is recounted or clamped."""
     pool = change("references", 0, 0)(grown(empty(), 20, 0, 0))
     pool = release(pool, np.array([True, False, False]))
-    assert np.asarray(pool.references)[0] == -1
+    assert pool.references[0] == -1
     assert free_pages(pool) == PAGES - 1
-
-
-def test_nothing_is_compiled_again_for_other_rows_pages_and_counts(caplog):
-    pages, rows, pages_per_row = 11, 5, 3
-    everyone = np.arange(rows)
-
-    def session(row, count):
-        pool = empty_pool(pages, rows, pages_per_row)
-        counts = np.where(everyone == row, 16 * count + 1, 0)
-        pool, _, _ = append(pool, counts)
-        pool = hold(pool, np.arange(count))
-        pool = truncate(pool, counts // 2)
-        other = (row + 1) % rows
-        pool = adopt(pool, other, np.arange(pages_per_row), count)
-        pool = fork(pool, np.where(everyone == row, other, everyone))
-        pool = append(pool, np.asarray(pool.lengths) % 2)[0]
-        pool = release(pool, everyone <= row)
-        return unhold(pool, np.arange(count))
-
-    with jax.log_compiles():
-        for row, count in [(0, 1), (1, 2), (4, 0), (3, 1)]:
-            session(row, count)
-    traced = Counter(re.findall(r"Finished tracing (\w+) for", caplog.text))
-    programs = ("_append", "_set_held", "_truncate", "_adopt", "_fork")
-    assert traced == dict.fromkeys(programs, 1)
-    assert caplog.text.count("Compiling") == len(programs)

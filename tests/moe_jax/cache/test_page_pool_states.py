@@ -136,17 +136,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert violations(self.pool) == []
         names = [self.plain.rows[row] for row in range(ROWS)]
         padded = [row + [NONE] * (PAGES_PER_ROW - len(row)) for row in names]
-        assert np.asarray(self.pool.block_tables).tolist() == padded
-        assert np.asarray(self.pool.lengths).tolist() == list(self.plain.lengths.values())
+        assert self.pool.block_tables.tolist() == padded
+        assert self.pool.lengths.tolist() == list(self.plain.lengths.values())
         assert set(np.flatnonzero(self.pool.held).tolist()) == self.plain.held
         counts = [self.plain.references(page) for page in range(PAGES)]
-        assert np.asarray(self.pool.references).tolist() == counts
+        assert self.pool.references.tolist() == counts
         assert free_pages(self.pool) == len(self.plain.free())
 
     def teardown(self):
         self.release([True] * ROWS)
         self.unhold(PAGES)
-        assert not np.asarray(self.pool.references).any()
+        assert not self.pool.references.any()
         assert violations(self.pool) == []
 
 

@@ -60,7 +60,7 @@ class SharedPrefixes(RuleBasedStateMachine):
         self.pool = pool
         source, target = np.asarray(copies.source), np.asarray(copies.target)
         self.content[target[target < NONE]] = self.content[source[source < NONE]]
-        tables, references = np.asarray(pool.block_tables), np.asarray(pool.references)
+        tables, references = pool.block_tables, pool.references
         for row, tokens in enumerate(more):
             for token in tokens:
                 page = tables[row, len(self.rows[row]) // PAGE_SIZE]
@@ -71,7 +71,7 @@ class SharedPrefixes(RuleBasedStateMachine):
 
     def list_pages(self, row):
         """Lists the full pages of a row; it is a user of all their keys, whoever has the page."""
-        keys, pages = page_keys(ROOT, self.rows[row]), np.asarray(self.pool.block_tables)[row]
+        keys, pages = page_keys(ROOT, self.rows[row]), self.pool.block_tables[row]
         for n in range(len(self.acquired[row]), len(keys)):
             page = int(pages[n])
             if self.index.insert(keys[n], keys[n - 1] if n else None, page):
@@ -145,9 +145,9 @@ class SharedPrefixes(RuleBasedStateMachine):
     def every_row_reads_its_own_tokens(self):
         assert violations(self.pool) == []
         assert self.index.violations() == []
-        self.content[np.asarray(self.pool.references) == 0] = GARBAGE
-        tables = np.asarray(self.pool.block_tables)
-        assert np.asarray(self.pool.lengths).tolist() == [len(tokens) for tokens in self.rows]
+        self.content[self.pool.references == 0] = GARBAGE
+        tables = self.pool.block_tables
+        assert self.pool.lengths.tolist() == [len(tokens) for tokens in self.rows]
         for row, tokens in enumerate(self.rows):
             own = self.content[tables[row, tables[row] < NONE]].ravel()[: len(tokens)]
             assert own.tolist() == tokens
@@ -160,7 +160,7 @@ class SharedPrefixes(RuleBasedStateMachine):
         self.finish([True] * ROWS)
         self.give_back(self.index.clear())
         assert free_pages(self.pool) == PAGES
-        assert not np.asarray(self.pool.references).any()
+        assert not self.pool.references.any()
         assert len(self.index) == self.index.idle == 0
         assert violations(self.pool) == self.index.violations() == []
 
