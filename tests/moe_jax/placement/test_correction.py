@@ -15,12 +15,21 @@ def test_an_unknown_kind_is_not_corrected_and_not_judged():
 def test_errors_are_those_of_predictions_made_before():
     correction = Correction().after("a", 1.0, 2.0).after("a", 1.0, 4.0)
     assert correction.error == pytest.approx(0.5)  # foreseen 2, measured 4
-    assert correction.foresee("a", 1.0) == 2.5
+    assert correction.foresee("a", 1.0) == 3.0
 
 
-def test_one_disturbed_step_moves_little():
-    correction = Correction().after("a", 1.0, 1.0).after("a", 1.0, 1000.0)
-    assert correction.foresee("a", 1.0) == 1.75
+def test_disturbed_steps_move_nothing_while_they_are_few():
+    correction = Correction()
+    for ratio in (1.0, 1000.0, 1.0, 1.0, 0.001):
+        correction = correction.after("a", 1.0, ratio)
+    assert correction.foresee("a", 1.0) == 1.0
+
+
+def test_what_has_changed_for_good_is_learned_in_five_steps():
+    correction = Correction()
+    for ratio in [1.0] * 20 + [2.0] * 5:
+        correction = correction.after("a", 1.0, ratio)
+    assert correction.foresee("a", 1.0) == 2.0
 
 
 @given(
