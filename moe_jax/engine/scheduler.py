@@ -126,10 +126,22 @@ class Scheduler(Generic[AnyJob]):
         self.add(job)
 
     def admit(self) -> Admission[AnyJob] | None:
-        """The first waiting request, if it can run beside the others, and moves it there.
+        """`next_admission`, carried out: the request runs, and those that make room wait again.
 
-        Restartable requests of lower priority make room for it. The caller stops them, starts the
-        request, and asks again.
+        The caller stops these, starts the request, and asks again.
+        """
+        admission = self.next_admission()
+        if admission is not None:
+            for one in admission.stopped:
+                self.restart(one)
+            self.waiting.remove(admission.job)
+            bisect.insort(self.running, admission.job, key=_order)
+        return admission
+
+    def next_admission(self) -> Admission[AnyJob] | None:
+        """The first waiting request, if it can run beside the others.
+
+        Restartable requests of lower priority make room for it.
         """
         if not self.waiting:
             return None
@@ -141,10 +153,6 @@ class Scheduler(Generic[AnyJob]):
                 return None
             stopped.append(max(lower, key=_order))
             staying.remove(stopped[-1])
-        for one in stopped:
-            self.restart(one)
-        self.waiting.remove(job)
-        bisect.insort(self.running, job, key=_order)
         return Admission(job, tuple(stopped))
 
     def step(self, free_pages: int) -> Step[AnyJob]:

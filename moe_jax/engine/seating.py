@@ -136,9 +136,11 @@ class Seating:
     def make_room_ahead(self, jobs: Sequence[Running]) -> Room | None:
         """Gives these pages for one more token each, which nobody knows yet, before they `settle`.
 
-        None where there are not enough, or another request waits.
+        None where there are not enough, or another request can start.
         """
-        if self.waiting or sum(job.new_pages(1) for job in jobs) > self.available_pages:
+        if sum(job.new_pages(1) for job in jobs) > self.available_pages:
+            return None
+        if self._scheduler.next_admission() is not None:
             return None
         for job in jobs:
             job.todo = job.ahead = 1

@@ -112,15 +112,32 @@ def test_a_text_that_ends_unforeseen_gives_its_pages_back_at_once(engine, starte
     assert engine.generate([5, 6], **sampling, ignore_eos=True).tokens == tokens
 
 
-def test_no_step_is_started_ahead_while_a_request_waits(engine, loop, started):
-    handles = [engine.submit([5, index], **TEXT) for index in range(1, 6)]
+def test_steps_are_started_ahead_while_no_request_that_waits_can_start(engine, loop, started):
+    prompts = [[5, index] for index in range(1, 7)]
+    alone = [engine.generate(prompt, **TEXT).tokens for prompt in prompts]
+    del started[:]
+    handles = [engine.submit(prompt, **TEXT) for prompt in prompts]
     loop.step()
-    assert engine.load_now.waiting == 1
+    assert engine.load_now.waiting == 2
     while engine.load_now.waiting:
-        assert "ahead" not in started
         loop.step()
-    assert len({handle.result().tokens for handle in handles}) > 1
-    assert "ahead" in started
+    assert started == ["begun", "begun", *["ahead"] * 10, "begun"]
+    assert [handle.result().tokens for handle in handles] == alone
+
+
+def test_a_request_that_can_start_is_not_made_to_wait(engine, loop, started, monkeypatch):
+    handles = [engine.submit([5, index], **TEXT) for index in range(1, 4)]
+    loop.step(), loop.step()
+    assert started == ["begun", "begun", "ahead"]
+    admission = loop.seating._scheduler.next_admission
+    monkeypatch.setattr(loop.seating._scheduler, "next_admission", lambda: None)
+    handles.append(engine.submit([5, 4], **TEXT))  # as if its pages were not free yet
+    loop.step(), loop.step()
+    assert (engine.load_now.waiting, started[2:]) == (1, ["ahead"] * 3)
+    monkeypatch.setattr(loop.seating._scheduler, "next_admission", admission)
+    loop.step(), loop.step()
+    assert (engine.load_now.waiting, started[5:]) == (0, ["begun"])
+    assert all(len(handle.result().tokens) == 12 for handle in handles)
 
 
 def test_a_request_is_stopped_where_pages_run_out_as_ever(tiny):
