@@ -9,16 +9,15 @@ import json
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from engine_bench.comparing import alternate, medians
 from ml_dtypes import bfloat16
 from random_checkpoint import SHAPES, bytes_per_token, config_of, write_checkpoint
 
@@ -115,17 +114,6 @@ def serve_transformers(pipe: Any, folder: str) -> None:
         pipe.send((filled - start, time.perf_counter() - filled))
 
 
-def alternate(repeats: int, *runs: Callable[[], float]) -> list[list[float]]:
-    """What each run returned, the first time not counted; A, B, A, B ... so noise meets all."""
-    times: list[list[float]] = [[] for _ in runs]
-    for run in runs:
-        run()
-    for _ in range(repeats):
-        for slot, run in zip(times, runs, strict=True):
-            slot.append(run())
-    return times
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.checkpoint)
     config = config_of(arguments.shape)
@@ -143,21 +131,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
     if not arguments.skip_transformers:
         systems["transformers"] = Transformers(folder)
-    *prefills, product_rates = alternate(
+    prefills = alternate(
         arguments.repeats,
-        *(lambda s=s: s.prefill(long) for s in systems.values()),
-        lambda: measure_product_rate("bfloat16"),
+        **{name: lambda s=s: s.prefill(long) for name, s in systems.items()},
+        limit=lambda: measure_product_rate("bfloat16"),
     )
-    *decodes, read_rates = alternate(
+    decodes = alternate(
         arguments.repeats,
-        *(lambda s=s: s.decode(short, arguments.decode) for s in systems.values()),
-        measure_read_rate,
+        **{name: lambda s=s: s.decode(short, arguments.decode) for name, s in systems.items()},
+        limit=measure_read_rate,
     )
     version = None
     if "transformers" in systems:
         version = systems["transformers"].version
         systems["transformers"].close()
-    read_rate, product_rate = statistics.median(read_rates), statistics.median(product_rates)
+    prefill, decode = medians(prefills), medians(decodes)
+    read_rate, product_rate = decode["limit"], prefill["limit"]
     # Two operations for each weight of two bytes; logits are wanted of the last token alone, and
     # moe_jax runs no other in the last layer.
     every_layer = needed - 2 * config["vocab_size"] * config["hidden_size"]
@@ -166,19 +155,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     expert_rate = expert.work_bytes / expert.host.seconds[0]
     stats = systems["moe_jax"].engine.stats
     rows = {}
-    for name, *runs in zip(systems, prefills, decodes, strict=True):
-        prefill, decode = map(statistics.median, runs)
-        own = systems[name]
+    for name, own in systems.items():
         ours = isinstance(own, Ours)
-        achieved = (own.bytes_per_token(config) if ours else needed) / decode
+        achieved = (own.bytes_per_token(config) if ours else needed) / decode[name]
         operations = arguments.prefill * (all_but_one if ours else every_layer)
         rows[name] = {
-            "prefill_tokens_per_second": arguments.prefill / prefill,
-            "share_of_product_limit": operations / prefill / product_rate,
-            "decode_tokens_per_second": 1 / decode,
+            "prefill_tokens_per_second": arguments.prefill / prefill[name],
+            "share_of_product_limit": operations / prefill[name] / product_rate,
+            "decode_tokens_per_second": 1 / decode[name],
             "decode_bytes_per_second": achieved,
             "share_of_read_limit": achieved / read_rate,
-            "runs": {"prefill_seconds": runs[0], "decode_seconds": runs[1]},
+            "runs": {"prefill_seconds": prefills[name], "decode_seconds": decodes[name]},
         }
     return {
         "date": date.today().isoformat(),
@@ -191,8 +178,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "read_bytes_per_second": read_rate,
         "product_operations_per_second": product_rate,
         "runs": {
-            "read_bytes_per_second": read_rates,
-            "product_operations_per_second": product_rates,
+            "read_bytes_per_second": decodes["limit"],
+            "product_operations_per_second": prefills["limit"],
         },
         "experts_alone": {
             "bytes_per_second": expert_rate,

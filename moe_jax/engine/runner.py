@@ -209,14 +209,12 @@ class Runner:
         bucket = next(size for size in PREFILL_BUCKETS if size >= total)
         last = last_tokens(batch, wanted)
         if self._whole_prompts:
-            x = self._run(batch, bucket, self._seqs, bucket)
-            places = padded(wanted, decode_shape(last)[0] if last else 0)
+            x, places = self._run(batch, bucket, self._seqs, bucket), wanted
         else:
-            x = self._run_narrowing(batch, bucket, last, wanted)
-            places = np.arange(x.shape[0] if last else 0, dtype=np.int32)
+            x, places = self._run_narrowing(batch, bucket, last, wanted), range(len(wanted))
         if not last:
             return jnp.zeros((0, self.model.config.vocab), jnp.float32)
-        return self._logits(x, places)
+        return self._logits(x, padded(places, decode_shape(last)[0]))
 
     def _run_narrowing(
         self,
