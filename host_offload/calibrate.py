@@ -4,6 +4,7 @@ device.
 Knows arrays and functions of them, not what they mean.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from host_offload.calibration import Timing, fit_line, timing_of
 from host_offload.host_compute import as_device, as_host, compiler_options, on_host
 from host_offload.memory import MemoryKind, sharding
+from host_offload.rounded_products import jit_rounded, rounding_pays
 
 Clock = Callable[[], float]
 
@@ -181,8 +183,13 @@ def measure_host_launch(box: TimeBox) -> float:
 def measure_product_rate(dtype: jax.typing.DTypeLike, repeats: int = 5) -> float:
     """Operations per second at which the device multiplies a large weight with 512 columns."""
     weight, columns = random_arrays([(8192, 2048), (2048, 512)], dtype, "device")
-    product = lambda a, b: jax.lax.dot(a, b, preferred_element_type=np.float32)
-    multiply = jax.jit(product, compiler_options=compiler_options())
+    product = lambda result, a, b: jax.lax.dot(a, b, preferred_element_type=result)
+    if rounding_pays(dtype):
+        multiply = jit_rounded(functools.partial(product, dtype))
+    else:
+        multiply = jax.jit(
+            functools.partial(product, np.float32), compiler_options=compiler_options()
+        )
     operations = 2 * weight.size * columns.shape[1]
     return operations / seconds_of(lambda: multiply(weight, columns), repeats)
 

@@ -19,7 +19,12 @@ import jaxlib.version
 from host_offload.calibration import Calibration, Curve
 from host_offload.host_compute import compiler_options
 from host_offload.memory import host_memory_bytes
-from host_offload.processor import has_matrix_units, has_wide_vectors, processor_name
+from host_offload.processor import (
+    has_matrix_units,
+    has_wide_vectors,
+    multiplies_bfloat16,
+    processor_name,
+)
 from host_offload.whole_file import write_whole_file
 
 # Part of every key: raise it when the file's fields change, or what they mean.
@@ -59,6 +64,7 @@ def machine_key() -> dict[str, Any]:
         "cpu": processor_name(),
         "matrix_units": has_matrix_units(),
         "wide_vectors": has_wide_vectors(),
+        "bfloat16_vectors": multiplies_bfloat16(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gib": round(host_memory_bytes() / 2**30),
         "backend": jax.default_backend(),

@@ -31,6 +31,15 @@ def has_wide_vectors() -> bool:
     return "avx512f" in _field("flags").split()
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies vectors of bfloat16 in hardware (AVX-512 BF16).
+
+    Only Linux tells; elsewhere the answer is no.
+    """
+    return "avx512_bf16" in _field("flags").split()
+
+
 def _field(name: str) -> str:
     """The first processor's entry of that name; empty where there is none."""
     try:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from host_offload.host_compute import compiler_options
 from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_jax.model.dispatch import gather_rows
 from moe_jax.model.layer import mix, route_layer
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
@@ -111,7 +112,7 @@ def dispatch_microseconds(
                 weights, address, experts // 4, x, step, curves, tally, config, plan_layer
             )
             # In place of the experts: something that needs every row, at next to no cost.
-            output = routed.rows.astype(jnp.float32)
+            output = gather_rows(x, routed.where).astype(jnp.float32)
             return mix(weights, x, output, routed, config), tally
 
         # The tally too: without it the plan would be left out as of no use.

@@ -26,12 +26,14 @@ from host_offload.calibrate import (
 from host_offload.calibration import SIZES, Calibration, Curve, Timing, curve_of
 from host_offload.host_compute import compiler_options
 from host_offload.memory import MemoryKind
+from host_offload.rounded_products import jit_rounded
 from moe_jax.config import ModelConfig
 from moe_jax.engine.progress import progress_bar
 from moe_jax.engine.quantize import store_in_int8
 from moe_jax.model.dispatch import Dispatch, block_widths, dispatch, num_rows
 from moe_jax.model.experts import Expert, ExpertBank, LayerExperts, run_experts, run_on_host
 from moe_jax.model.int8 import Int8Expert, int8_bytes
+from moe_jax.model.rounded import products_round
 from moe_jax.placement.planner import Mode
 
 # In order of importance: bandwidth, then what runs in one program, then what each needs its own.
@@ -46,7 +48,7 @@ _MOST_DECODED = 16
 _CHUNK = SIZES[-1]
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 7
+_PROGRAMS = 8
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -77,9 +79,20 @@ class ExpertTiming:
         of_model = config.moe.num_experts * max(1, sum(config.moe_layers))
         wanted = min(enough, of_model, _MOST_COPIED // self.bytes)
         self.groups = max(1, -(-wanted // self.group))
-        options = compiler_options()
-        self._host_program = jax.jit(self._run_on_host, compiler_options=options)
-        self._device_program = jax.jit(self._run_resident, compiler_options=options)
+        self._host_program = self._compiled(self._run_on_host)
+        self._device_program = self._compiled(self._run_resident)
+
+    def _compiled(self, run: Callable) -> Callable:
+        """The program, as the steps have it that these tokens stand for."""
+        plain = jax.jit(run, compiler_options=compiler_options())
+        rounded = jit_rounded(functools.partial(run, rounded=True))
+
+        def call(experts: Any, x: Array, where: Dispatch) -> Array:
+            in_chunk = where.position.shape[0] == _CHUNK
+            rounds = in_chunk and products_round(self.bytes, self.dtype, _CHUNK)
+            return (rounded if rounds and not self.host_dtype else plain)(experts, x, where)
+
+        return call
 
     @property
     def key(self) -> dict[str, Any]:
@@ -226,20 +239,22 @@ class ExpertTiming:
         experts: tuple[Expert, ...] | ExpertBank,
         rows: Float[Array, "rows embed"],
         where: Dispatch,
+        rounded: bool = False,
     ) -> Float[Array, "rows embed"]:
         address = jnp.arange(self.group, dtype=jnp.int32)
         mode = jnp.full(self.group, Mode.RESIDENT.value, jnp.int32)
         layer = LayerExperts(experts, (), address)
-        return run_experts(layer, rows, where, mode, self.activation)
+        return run_experts(layer, rows, where, mode, self.activation, rounded=rounded)
 
     def _run_on_host(
         self,
         experts: tuple[Expert | Int8Expert, ...],
         rows: Float[Array, "rows embed"],
         where: Dispatch,
+        rounded: bool = False,
     ) -> Float[Array, "rows embed"]:
         mode = jnp.full(self.group, Mode.HOST.value, jnp.int32)
-        return run_on_host(experts, rows, where, mode, 0, self.activation)
+        return run_on_host(experts, rows, where, mode, 0, self.activation, rounded)
 
 
 def _read_rate() -> float:

@@ -69,4 +69,4 @@ def _run_block(ffn, experts, width, bits, dtype, where, order, first_expert, i, 
 
 
 def _add(ffn, expert, x, before):
-    return before + ffn(expert, x)
+    return before + ffn(expert, x).astype(before.dtype)

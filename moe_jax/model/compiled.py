@@ -1,5 +1,7 @@
 """The executor that makes a layer one device program, host experts included.
 
+The exception are prompts where `moe_jax.model.rounded` is faster.
+
 Knows one layer's arrays; not how many layers there are.
 """
 
@@ -16,6 +18,7 @@ from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.experts import LayerExperts
 from moe_jax.model.layer import extend_kv, run_layer
+from moe_jax.model.rounded import RoundedProgram, runs_rounded
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
@@ -105,6 +108,7 @@ class LayerProgram:
             compiler_options=options,
         )
         self._extend_kv = jax.jit(keep, donate_argnames="kv", compiler_options=options)
+        self._rounded = RoundedProgram(graph, config, window, planner, traces, streams)
 
     def __call__(
         self,
@@ -118,16 +122,11 @@ class LayerProgram:
         following: ServedLayer | None = None,
     ) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
         """DONATES kv, x and tally. Runs one layer on one step's tokens."""
-        return self._run(
-            layer.parameters,
-            layer.experts,
-            kv,
-            x,
-            step,
-            curves,
-            tally,
-            max_query_length=max_query_length,
-        )
+        experts = layer.experts
+        given = kv, x, step, curves, tally
+        if experts is not None and runs_rounded(experts, x):
+            return self._rounded(layer.parameters, experts, *given, max_query_length)
+        return self._run(layer.parameters, experts, *given, max_query_length=max_query_length)
 
     def extend_kv(
         self,

@@ -48,13 +48,15 @@ class Dispatch:
     widths: tuple[int, ...] = field(metadata={"static": True})
 
 
-def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
+def block_widths(tokens: int, choices: int, experts: int, rounded: bool = False) -> tuple[int, ...]:
     """The widths of blocks in a step of this many tokens; rising.
 
     On XLA:CPU up to six tokens are multiplied in the time that reading the weight takes, or little
     more; seven to fifteen take no less than sixteen, and from a few hundred on
     a token costs no less in a wider block. Each width of each expert is compiled, so short steps
-    and layers of many experts make do with few.
+    and layers of many experts make do with few. Products that are `rounded` take as long as their
+    tokens want where the others take as long as the next multiple of 32, so that blocks of more
+    widths pay.
     """
     if tokens <= 8:
         return (min(tokens, 4),)
@@ -65,7 +67,7 @@ def block_widths(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
         return (16,)
     share = 1 << max(16, tokens * choices // experts).bit_length() - 1
     if experts <= 16:
-        count = 4 if tokens <= 128 else 8
+        count = 4 if tokens <= 128 else 16 if rounded else 8
         step = max(16, 2 * share // count)
         widths = range(step, count * step + 1, step)
     else:
@@ -165,5 +167,5 @@ def combine(
     total = jnp.zeros((gates.shape[0], rows.shape[1]), jnp.float32)
     for choice in range(gates.shape[1]):
         chosen = rows.at[where.position[:, choice]].get(mode="fill", fill_value=0)
-        total += gates[:, choice, None] * chosen
+        total += gates[:, choice, None] * chosen.astype(jnp.float32)
     return total

@@ -36,6 +36,7 @@ from host_offload.memory import host_device, sharding, to_device
 from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.compiled import LayerProgram, ServedLayer
+from moe_jax.model.dispatch import gather_rows
 from moe_jax.model.experts import Expert, run_arrived, run_on_host, run_resident
 from moe_jax.model.int8 import Int8Expert
 from moe_jax.model.layer import attend, mix, route_layer
@@ -102,7 +103,8 @@ class DrivenProgram:
                     router, next_address, next_slots, normed, step.valid, config.moe
                 )
                 wanted = jnp.where(routed.link_has_time, guess, wanted)
-            return x, kv, tally, routed, jnp.append(routed.mode, wanted)
+            rows = gather_rows(normed, routed.where)
+            return x, kv, tally, routed, rows, jnp.append(routed.mode, wanted)
 
         def run_host(host, rows, where, mode, slots):
             traces["host", where.position.shape[0], slots, window] += 1
@@ -153,7 +155,7 @@ class DrivenProgram:
             return self._whole(layer, kv, x, step, curves, tally, max_query_length)
         slots, prefetcher = experts.slots, self._prefetcher
         fetched, held = prefetcher.take(experts)
-        x, kv, tally, routed, decision = self._route(
+        x, kv, tally, routed, in_order, decision = self._route(
             layer.parameters,
             experts.address,
             kv,
@@ -181,13 +183,13 @@ class DrivenProgram:
             brought.append(to_device(to_bring.pop(0)))
         hosted = None
         if (mode == Mode.HOST).any():
-            given = routed.rows, routed.where
+            given = in_order, routed.where
             rows, where = jax.device_put(given, sharding("device", self._host_device))
             hosted = self._run_host(experts.host, rows, where, mode[slots:], slots=slots)
-        output = self._run_device(experts.resident, routed.rows, routed.where, slots=slots)
+        output = self._run_device(experts.resident, in_order, routed.where, slots=slots)
         for address in to_run:
             output = self._run_stream(
-                brought.pop(0), np.int32(address), routed.rows, routed.where, output
+                brought.pop(0), np.int32(address), in_order, routed.where, output
             )
             if to_bring:
                 output.block_until_ready()  # the memory of what ran is free now

@@ -72,18 +72,21 @@ def run_experts(
     mode: Int[Array, " experts"],
     activation: Activation,
     streams: bool = True,
+    rounded: bool = False,
 ) -> Float[Array, "rows embed"]:
     """Computes every row by its expert, in the way `mode` (by address) says; float32.
 
     `where` is in addresses. Rows that no expert owns are 0. Without `streams` no mode is STREAM,
     and nothing is compiled for it: its memory alone would slow a short step on the CPU backend.
+    With `rounded`, products and results have the dtype of the rows (see
+    `host_offload.rounded_products`).
     """
-    output = run_resident(experts.resident, rows, where, activation)
+    output = run_resident(experts.resident, rows, where, activation, rounded)
     if not experts.host:
         return output
-    ffn, slots = functools.partial(_apply, activation), experts.slots
+    ffn, slots = functools.partial(_apply, activation, rounded), experts.slots
     missing_mode = mode[slots:]
-    hosted = run_on_host(experts.host, rows, where, missing_mode, slots, activation)
+    hosted = run_on_host(experts.host, rows, where, missing_mode, slots, activation, rounded)
     if streams:
         streamed, count = _selected(missing_mode == Mode.STREAM)
         output = run_streamed(ffn, experts.host, rows, where, streamed, count, slots, output)
@@ -91,10 +94,12 @@ def run_experts(
     return lax.optimization_barrier(output) + hosted
 
 
-def _apply(activation: Activation, expert: Expert | Int8Expert, rows: Array) -> Array:
+def _apply(
+    activation: Activation, rounded: bool, expert: Expert | Int8Expert, rows: Array
+) -> Array:
     if isinstance(expert, Int8Expert):
         return gated_ffn_int8(expert, rows, activation)
-    return gated_ffn(expert.gate_up, expert.down, rows, activation)
+    return gated_ffn(expert.gate_up, expert.down, rows, activation, rounded)
 
 
 def _selected(chosen: Array) -> tuple[Array, Array]:
@@ -108,15 +113,20 @@ def run_resident(
     rows: Float[Array, "rows embed"],
     where: Dispatch,
     activation: Activation,
+    rounded: bool = False,
 ) -> Float[Array, "rows embed"]:
-    """Runs the resident experts, whose rows come first; float32. Other rows are 0."""
+    """Runs the resident experts, whose rows come first; float32. Other rows are 0.
+
+    With `rounded`, as in `run_experts`.
+    """
     if isinstance(resident, ExpertBank):
         return _run_bank(resident, rows, where, activation)
-    # Not bfloat16: XLA:CPU of jax 0.10 rewrites a whole bfloat16 array to change one block.
-    output = jnp.zeros(rows.shape, jnp.float32)
+    # Not bfloat16 where products are in float32: XLA:CPU of jax 0.10 would rewrite the whole array
+    # to change one block.
+    output = jnp.zeros(rows.shape, rows.dtype if rounded else jnp.float32)
     if not resident:
         return output
-    ffn = functools.partial(_apply, activation)
+    ffn = functools.partial(_apply, activation, rounded)
     order = order_by_width(where, where.block_expert < len(resident))
     return run_blocks(ffn, resident, rows, where, 0, order, output)
 
@@ -130,7 +140,7 @@ def run_arrived(
     activation: Activation,
 ) -> Float[Array, "rows embed"]:
     """Adds the results of one expert whose weights have been brought over for this call."""
-    ffn = functools.partial(_apply, activation)
+    ffn = functools.partial(_apply, activation, False)
     return run_expert(ffn, expert, address, rows, where, output)
 
 
@@ -154,12 +164,14 @@ def run_on_host(
     mode: Int[Array, " missing"],
     slots: int,
     activation: Activation,
+    rounded: bool = False,
 ) -> Float[Array, "rows embed"]:
     """Runs the experts in mode HOST, all in one host computation; float32.
 
-    `where` is in addresses; `host` and `mode` begin at address `slots`. Other rows are 0.
+    `where` is in addresses; `host` and `mode` begin at address `slots`. Other rows are 0. With
+    `rounded`, as in `run_experts`.
     """
-    ffn = functools.partial(_apply, activation)
+    ffn = functools.partial(_apply, activation, rounded)
     block_mode = mode.at[where.block_expert - slots].get(
         mode="fill", fill_value=Mode.IDLE, wrap_negative_indices=False
     )
@@ -168,7 +180,7 @@ def run_on_host(
     def body(host, rows, where, order):
         rows = as_host(rows)
         # Not zeros: an array made from nothing would be device-typed.
-        output = rows.astype(jnp.float32) * 0
+        output = rows.astype(rows.dtype if rounded else jnp.float32) * 0
         return run_blocks(ffn, host, rows, where, slots, order, output)
 
     return on_host(body, host, rows, where, order)

@@ -33,7 +33,6 @@ class Routed:
       normed: the tokens as router and experts see them.
       gates: what each choice's output is weighted by.
       where: the dispatch, in addresses.
-      rows: the tokens in expert order.
       mode: int32, a `Mode` per address.
       link_has_time: whether one expert more could come over while the layer runs.
     """
@@ -41,7 +40,6 @@ class Routed:
     normed: Float[Array, "tokens embed"]
     gates: Float[Array, "tokens choices"]
     where: Dispatch
-    rows: Float[Array, "rows embed"]
     mode: Int[Array, " experts"]
     link_has_time: Bool[Array, ""]
 
@@ -88,9 +86,8 @@ def run_layer(
             planner,
             streams=streams,
         )
-        output = run_experts(
-            experts, routed.rows, routed.where, routed.mode, config.activation, streams
-        )
+        rows = gather_rows(routed.normed, routed.where)
+        output = run_experts(experts, rows, routed.where, routed.mode, config.activation, streams)
         return mix(weights, x, output, routed, config), kv, tally
 
 
@@ -151,17 +148,19 @@ def route_layer(
     planner: Planner,
     fetched: Int[Array, ""] | None = None,
     streams: bool = True,
+    rounded: bool = False,
 ) -> tuple[Routed, Tally]:
-    """Routes the tokens, brings them into expert order, and plans who runs where.
+    """Routes the tokens, finds their places in expert order, and plans who runs where.
 
-    The expert at address `fetched` has been brought over already and counts as resident.
+    The expert at address `fetched` has been brought over already and counts as resident. With
+    `rounded`, the blocks suit experts whose products are.
     Whatever the planner says, resident experts run on the device, and a missing expert with tokens
     that is not streamed runs on the host: a plan decides about time, never about the result.
     """
     assert weights.router is not None, "a dense layer was given experts"
     gates, chosen = route_to_pieces(weights.router[...], x, config.moe)
     tokens, choices = chosen.shape
-    widths = block_widths(tokens, choices, config.moe.num_experts)
+    widths = block_widths(tokens, choices, config.moe.num_experts, rounded)
     where = dispatch(address[chosen], step.valid, config.moe.num_experts, widths)
     resident = jnp.arange(config.moe.num_experts) < slots
     if fetched is not None:
@@ -175,11 +174,8 @@ def route_layer(
     by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(by_expert)
     plan = replace(plan, mode=mode[address])
     tally = tally.after_experts(plan, where.counts[address], by_expert)
-    rows = gather_rows(x, where)
     has_time = link_has_time(plan.predicted, (mode == Mode.STREAM).sum(), curves)
-    routed = Routed(
-        normed=x, gates=gates, where=where, rows=rows, mode=mode, link_has_time=has_time
-    )
+    routed = Routed(normed=x, gates=gates, where=where, mode=mode, link_has_time=has_time)
     return routed, tally
 
 
@@ -189,17 +185,23 @@ def mix(
     output: Float[Array, "rows embed"],
     routed: Routed,
     config: ModelConfig,
+    rounded: bool = False,
 ) -> Float[Array, "tokens embed"]:
     """Adds to x what the routed experts computed, and the shared expert where there is one."""
     y = combine(output, routed.gates, routed.where).astype(x.dtype)
     if weights.shared is not None:
-        y = y + shared_expert(weights.shared, routed.normed, config)
+        y = y + shared_expert(weights.shared, routed.normed, config, rounded)
     return x + y
 
 
 def shared_expert(
-    weights: SharedExpertWeights, x: Float[Array, "tokens embed"], config: ModelConfig
+    weights: SharedExpertWeights,
+    x: Float[Array, "tokens embed"],
+    config: ModelConfig,
+    rounded: bool = False,
 ) -> Float[Array, "tokens embed"]:
     """The expert of every token, scaled by the sigmoid of its gate."""
-    y = gated_ffn(weights.ffn.gate_up[...], weights.ffn.down[...], x, config.activation)
-    return jax.nn.sigmoid(linear(weights.gate[...], x)) * y.astype(x.dtype)
+    ffn = weights.ffn
+    y = gated_ffn(ffn.gate_up[...], ffn.down[...], x, config.activation, rounded)
+    gate = linear(weights.gate[...], x, rounded=rounded).astype(jnp.float32)
+    return jax.nn.sigmoid(gate).astype(x.dtype) * y.astype(x.dtype)

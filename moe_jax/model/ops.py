@@ -18,37 +18,41 @@ from moe_jax.config import Activation
 
 
 def multiply_columns(
-    weight: Float[Array, "out in"], columns: Float[Array, "in tokens"]
+    weight: Float[Array, "out in"],
+    columns: Float[Array, "in tokens"],
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "out tokens"]:
-    """Returns weight · columns, accumulated and returned in float32.
+    """Returns weight · columns, accumulated in float32, in `dtype`.
 
     The weight comes first because XLA:CPU then reads a bfloat16 weight without a copy in float32.
     For the few columns of a decode step there is a faster form.
     """
     if _are_few(columns.shape[1], weight):
         groups = row_groups(weight, columns.shape[1])
-        return sum_products(weight, columns, jnp.float32, groups)
-    return _dot(weight, columns, 0)
+        return sum_products(weight, columns, jnp.float32, groups).astype(dtype)
+    return _dot(weight, columns, 0, dtype)
 
 
 def multiply_rows(
-    weight: Float[Array, "out in"], rows: Float[Array, "tokens in"]
+    weight: Float[Array, "out in"],
+    rows: Float[Array, "tokens in"],
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "out tokens"]:
     """Returns weight · rowsᵀ: `multiply_columns` of one token per row."""
     if _are_few(rows.shape[0], weight):
-        return multiply_columns(weight, rows.T)
+        return multiply_columns(weight, rows.T, dtype)
     # Not as a product with rows.T: XLA:CPU would convert the weight to float32.
-    return _dot(weight, rows, 1)
+    return _dot(weight, rows, 1, dtype)
 
 
 def _are_few(tokens: int, weight: Array) -> bool:
     return tokens <= most_summed() and weight.dtype == jnp.bfloat16 and runs_on_cpu(weight)
 
 
-def _dot(left: Array, right: Array, axis: int) -> Array:
-    """Sums over the last axis of left and this axis of right, in float32."""
+def _dot(left: Array, right: Array, axis: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
+    """Sums over the last axis of left and this axis of right, in float32; returned in `dtype`."""
     dimensions = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+    return lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
 
 
 def runs_on_cpu(weight: Array) -> bool:
@@ -120,13 +124,17 @@ def linear(
     x: Float[Array, "tokens in"],
     bias: Float[Array, " out"] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    rounded: bool = False,
 ) -> Float[Array, "tokens out"]:
-    """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x)."""
+    """Returns x · weightᵀ + bias, accumulated in float32, in `dtype` (None: the dtype of x).
+
+    With `rounded`, the product has the dtype of x (see `host_offload.rounded_products`).
+    """
     if runs_on_cpu(weight) and x.shape[0] <= FEW_TOKENS:
         # XLA:CPU would fold the outer transpose into the product and refuse its element types.
         y = lax.optimization_barrier(multiply_rows(weight, x)).T
     else:
-        y = _dot(x, weight, 1)
+        y = _dot(x, weight, 1, x.dtype if rounded else jnp.float32)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None]
     return y.astype(dtype or x.dtype)
@@ -171,18 +179,23 @@ def gated_ffn(
     down: Float[Array, "embed ffn"],
     x: Float[Array, "tokens embed"],
     activation: Activation,
+    rounded: bool = False,
 ) -> Float[Array, "tokens embed"]:
     """Returns down · (activation(gate · x) * (up · x)) per token, in float32.
 
-    The hidden values have the dtype of x.
+    The hidden values have the dtype of x; with `rounded`, so has every product (see
+    `host_offload.rounded_products`), as in Transformers.
     """
 
     def hidden(gate: Array, up: Array) -> Array:
-        return (activate(activation)(gate) * up).astype(x.dtype)
+        wide = activate(activation)(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return wide.astype(x.dtype)
 
-    if tokens_come_first(gate_up, x.shape[0]):
+    dtype = x.dtype if rounded else jnp.float32
+    if not rounded and tokens_come_first(gate_up, x.shape[0]):
         gate, up = jnp.split(linear(gate_up, x, dtype=jnp.float32), 2, axis=1)
         return linear(down, hidden(gate, up), dtype=jnp.float32)
-    gate, up = jnp.split(multiply_rows(gate_up, x), 2, axis=0)
+    gate, up = jnp.split(multiply_rows(gate_up, x, dtype), 2, axis=0)
     # As in `linear`: the transpose must not be folded into the product.
-    return lax.optimization_barrier(multiply_columns(down, hidden(gate, up))).T
+    y = lax.optimization_barrier(multiply_columns(down, hidden(gate, up), dtype))
+    return y.T.astype(jnp.float32)

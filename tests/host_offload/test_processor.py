@@ -7,7 +7,7 @@ from host_offload import processor
 CPUINFO = """processor\t: 0
 model name\t: Fast Processor 1000
 model\t\t: 167
-flags\t\t: fpu avx2 {flags} avx512_bf16
+flags\t\t: fpu avx2 {flags} avx512_vnni
 
 processor\t: 1
 model name\t: Fast Processor 1000
@@ -31,6 +31,7 @@ def forget():
     for known in (
         processor.has_matrix_units,
         processor.has_wide_vectors,
+        processor.multiplies_bfloat16,
         processor.processor_name,
     ):
         known.cache_clear()
@@ -51,6 +52,12 @@ def test_wide_vectors_are_those_of_avx_512(describe, flags, expected):
     assert processor.has_wide_vectors() is expected
 
 
+@pytest.mark.parametrize(("flags", "expected"), [("avx512_bf16", True), ("avx512f", False)])
+def test_vectors_of_bfloat16_have_a_flag(describe, flags, expected):
+    describe(CPUINFO.format(flags=flags))
+    assert processor.multiplies_bfloat16() is expected
+
+
 def test_the_name_is_the_models(describe):
     describe(CPUINFO)
     assert processor.processor_name() == "Fast Processor 1000"
@@ -60,4 +67,5 @@ def test_where_nothing_tells_there_are_no_units(describe, tmp_path, monkeypatch)
     monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "none")
     assert not processor.has_matrix_units()
     assert not processor.has_wide_vectors()
+    assert not processor.multiplies_bfloat16()
     assert processor.processor_name()

@@ -70,12 +70,18 @@ def test_an_expert_has_full_blocks_and_one_that_holds_the_rest():
     assert source[48:348] == [*range(300)]
 
 
+@pytest.mark.parametrize("rounded, step", [(False, 32), (True, 16)])
+def test_rounded_products_have_finer_blocks(rounded, step):
+    assert block_widths(512, 2, 8, rounded) == tuple(range(step, 257, step))
+
+
 @pytest.mark.parametrize("experts", [1, 4, 8, 16, 64, 128, 512])
 @pytest.mark.parametrize("tokens", [1, 2, 8, 16, 32, 128, 512])
 @pytest.mark.parametrize("choices", [1, 8])
-def test_there_is_room_for_any_routing(tokens, choices, experts):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_there_is_room_for_any_routing(tokens, choices, experts, rounded):
     choices = min(choices, experts)
-    widths = block_widths(tokens, choices, experts)
+    widths = block_widths(tokens, choices, experts, rounded)
     assert list(widths) == sorted(set(widths)) and widths[-1] <= tokens
     gap = np.diff([0, *widths]).max()
     # Every expert but one gets what leaves most of its last block unused, and one gets the rest.
