@@ -120,4 +120,5 @@ def test_bfloat16_agrees_where_the_margin_is_clear(family, products, tmp_path):
 def test_bfloat16_is_no_further_from_float32_than_transformers(family, products, tmp_path):
     tokens = draw_tokens(90, 4, 128)
     theirs, ours, exact = bfloat16_logits(tiny_model(family), tokens, tmp_path)
-    assert np.abs(ours - exact).mean() <= 1.05 * np.abs(theirs - exact).mean()
+    # Not the mean: a few tokens that a router sends elsewhere make up most of it, in both.
+    assert np.median(np.abs(ours - exact)) <= np.median(np.abs(theirs - exact))
