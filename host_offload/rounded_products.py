@@ -51,7 +51,7 @@ def _compiler_options() -> dict[str, bool | int | str]:
     }
     if jax.__version_info__ >= (0, 11):
         return options | {"xla_cpu_experimental_onednn_custom_call": True}
-    # Jax 0.10 would convert the operands to float32 before.
+    # XLA:CPU of jax 0.10 would convert the operands to float32 before.
     without = f"{options['xla_disable_hlo_passes']},operand_upcaster,float-normalization-bf16"
     return options | {
         "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",

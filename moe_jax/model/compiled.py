@@ -67,7 +67,10 @@ class ServedLayer:
 
 
 class LayerProgram:
-    """Runs the layers of one kind. Donates the KV pages, the activations and the tally."""
+    """Runs the layers of one kind. Donates the KV pages, the activations and the tally.
+
+    Without `rounds` products keep float32 results, whatever is faster.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,10 @@ class LayerProgram:
         planner: Planner,
         traces: Counter,
         streams: bool = True,
+        rounds: bool = True,
     ):
+        self._rounds = rounds
+
         def layer(parameters, experts, kv, x, step, curves, tally, max_query_length):
             traces["layer", x.shape[0], max_query_length, experts and experts.slots, window] += 1
             weights = nnx.merge(graph, parameters)
@@ -124,7 +130,7 @@ class LayerProgram:
         """DONATES kv, x and tally. Runs one layer on one step's tokens."""
         experts = layer.experts
         given = kv, x, step, curves, tally
-        if experts is not None and runs_rounded(experts, x):
+        if self._rounds and experts is not None and runs_rounded(experts, x):
             return self._rounded(layer.parameters, experts, *given, max_query_length)
         return self._run(layer.parameters, experts, *given, max_query_length=max_query_length)
 

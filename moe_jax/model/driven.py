@@ -64,7 +64,8 @@ class DrivenProgram:
         prefetcher: Prefetcher,
     ):
         self._prefetcher = prefetcher
-        self._whole = LayerProgram(graph, config, window, planner, traces)
+        # Layers with experts on the host do not round, and where experts are must not matter.
+        self._whole = LayerProgram(graph, config, window, planner, traces, rounds=False)
         self._host_device = host_device()
 
         def route(

@@ -74,10 +74,10 @@ def make_curves(host, stream):
     )
 
 
-def run(experts, curves, shared_ffn=None, tokens=128):
+def run(experts, curves, shared_ffn=None, executor="compiled", tokens=128):
     """Activations and report of a prefill of two sequences, and the programs that were traced."""
     config = make_config(shared_ffn)
-    programs = Programs(config, PAGES, PAGE_SIZE)
+    programs = Programs(config, PAGES, PAGE_SIZE, executor=executor)
     weights = LayerWeights(config, 0, jnp.dtype(jnp.bfloat16), nnx.Rngs(0))
     graph, state = nnx.split(weights)
     layer = ServedLayer(nnx.to_pure_dict(state), experts, programs.layer(graph, None))
@@ -130,6 +130,16 @@ def test_placement_changes_nothing():
     runs = [run(make_experts(slots), CURVES[way])[0] for slots, way in ways]
     for x in runs[1:]:
         np.testing.assert_array_equal(x, runs[0])
+
+
+def test_the_driven_executor_does_not_round():
+    """Where its experts are on the host it cannot, and their places must not matter."""
+    (x, _, parts), (expected, _, whole) = (
+        run(make_experts(slots), CURVES["host"], executor="driven") for slots in (2, 4)
+    )
+    np.testing.assert_array_equal(x, expected)
+    assert {key[0] for key in parts} == {"embed", "route", "host", "device", "mix"}
+    assert {key[0] for key in whole} == {"embed", "layer"}
 
 
 @needs_bfloat16_vectors
