@@ -39,8 +39,7 @@ from moe_jax.model.compiled import LayerProgram, ServedLayer
 from moe_jax.model.dispatch import gather_rows
 from moe_jax.model.experts import Expert, run_arrived, run_on_host, run_resident
 from moe_jax.model.int8 import Int8Expert
-from moe_jax.model.layer import attend, mix, route_layer
-from moe_jax.model.ops import rms_norm
+from moe_jax.model.layer import attend_and_route, mix
 from moe_jax.model.prefetch import NOTHING, Prefetcher, guess_missing, pays
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
@@ -83,20 +82,22 @@ class DrivenProgram:
         ):
             kind = x.shape[0], max_query_length, slots, window, following is not None
             traces["route", *kind] += 1
-            weights = nnx.merge(graph, parameters)
-            x, kv = attend(
-                weights,
+            x, kv, routed, tally = attend_and_route(
+                nnx.merge(graph, parameters),
+                address,
+                slots,
                 kv,
                 x,
                 step,
+                curves,
+                tally,
+                planner,
                 config=config,
                 window=window,
                 max_query_length=max_query_length,
+                fetched=fetched,
             )
-            normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
-            routed, tally = route_layer(
-                weights, address, slots, normed, step, curves, tally, config, planner, fetched
-            )
+            normed = routed.normed
             wanted = jnp.int32(NOTHING)
             if following is not None:
                 router, next_address, next_slots = following

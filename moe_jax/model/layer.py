@@ -1,7 +1,7 @@
 """One layer of the served model: attention over pages, then experts wherever they are."""
 
 from dataclasses import dataclass, replace
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -63,29 +63,20 @@ def run_layer(
 
     Without `streams` no expert is streamed, whatever the planner says.
     """
-    x, kv = attend(
-        weights, kv, x, step, config=config, window=window, max_query_length=max_query_length
-    )
-    normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
+    attention = {"config": config, "window": window, "max_query_length": max_query_length}
     if weights.ffn is not None:
+        x, kv = attend(weights, kv, x, step, **attention)
         with jax.named_scope("dense_ffn"):
+            normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
             ffn = weights.ffn
             y = gated_ffn(ffn.gate_up[...], ffn.down[...], normed, config.activation)
             return x + y.astype(x.dtype), kv, tally.after_dense_layer()
     assert experts is not None, "a layer with a router was given no experts"
+    place = experts.address, experts.slots
+    x, kv, routed, tally = attend_and_route(
+        weights, *place, kv, x, step, curves, tally, planner, streams=streams, **attention
+    )
     with jax.named_scope("experts"):
-        routed, tally = route_layer(
-            weights,
-            experts.address,
-            experts.slots,
-            normed,
-            step,
-            curves,
-            tally,
-            config,
-            planner,
-            streams=streams,
-        )
         rows = gather_rows(routed.normed, routed.where)
         output = run_experts(experts, rows, routed.where, routed.mode, config.activation, streams)
         return mix(weights, x, output, routed, config), kv, tally
@@ -117,6 +108,34 @@ def attend(
             sliding_window=window,
         )
         return x + project_output(weights.attention, attended), kv
+
+
+def attend_and_route(
+    weights: LayerWeights,
+    address: Int[Array, " experts"],
+    slots: int,
+    kv: LayerKv,
+    x: Float[Array, "tokens embed"],
+    step: StepState,
+    curves: CostCurves,
+    tally: Tally,
+    planner: Planner,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    max_query_length: int,
+    **routing: Any,
+) -> tuple[Float[Array, "tokens embed"], LayerKv, Routed, Tally]:
+    """All of a layer with a router that comes before its experts; `routing` is `route_layer`'s."""
+    x, kv = attend(
+        weights, kv, x, step, config=config, window=window, max_query_length=max_query_length
+    )
+    with jax.named_scope("experts"):
+        normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
+        routed, tally = route_layer(
+            weights, address, slots, normed, step, curves, tally, config, planner, **routing
+        )
+    return x, kv, routed, tally
 
 
 def extend_kv(

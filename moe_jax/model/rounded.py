@@ -24,8 +24,7 @@ from moe_jax.cache.paged_kv import LayerKv
 from moe_jax.config import ModelConfig
 from moe_jax.model.dispatch import gather_rows
 from moe_jax.model.experts import Expert, LayerExperts, run_experts
-from moe_jax.model.layer import attend, mix, route_layer
-from moe_jax.model.ops import rms_norm
+from moe_jax.model.layer import attend_and_route, mix
 from moe_jax.model.step import StepState
 from moe_jax.model.tally import Tally
 from moe_jax.placement.curves import CostCurves
@@ -68,31 +67,22 @@ class RoundedProgram:
     ):
         def route(parameters, address, kv, x, step, curves, tally, slots, max_query_length):
             traces["route", x.shape[0], max_query_length, slots, window] += 1
-            weights = nnx.merge(graph, parameters)
-            x, kv = attend(
-                weights,
+            return attend_and_route(
+                nnx.merge(graph, parameters),
+                address,
+                slots,
                 kv,
                 x,
                 step,
+                curves,
+                tally,
+                planner,
                 config=config,
                 window=window,
                 max_query_length=max_query_length,
-            )
-            normed = rms_norm(x, weights.ffn_norm[...], config.norm_epsilon)
-            routed, tally = route_layer(
-                weights,
-                address,
-                slots,
-                normed,
-                step,
-                curves,
-                tally,
-                config,
-                planner,
                 streams=streams,
                 rounded=True,
             )
-            return x, kv, tally, routed
 
         def finish(parameters, experts, x, routed):
             traces["experts", x.shape[0], experts.slots, window] += 1
@@ -128,7 +118,7 @@ class RoundedProgram:
         max_query_length: int,
     ) -> tuple[Float[Array, "tokens embed"], LayerKv, Tally]:
         """DONATES kv, x and tally. Runs one layer on one step's tokens."""
-        x, kv, tally, routed = self._route(
+        x, kv, routed, tally = self._route(
             parameters,
             experts.address,
             kv,
