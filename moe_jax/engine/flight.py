@@ -125,15 +125,27 @@ class StepClock:
     def __init__(self) -> None:
         self._ended = self._began = time.perf_counter()
         self._usual = float("inf")
+        self._watched: Callable[[], bool] | None = None
+        self._seen: float | None = None
 
     def start(self, *, ahead: bool, done: bool = False) -> None:
         """A step begins, or one that was started ahead goes on, or is done already."""
         now = time.perf_counter()
         passed = now - self._ended if ahead else 0.0
         self._began = now - (min(passed, self._usual) if done else passed)
+        self._watched = self._seen = None
+
+    def watch(self, done: Callable[[], bool]) -> None:
+        """Takes the step for ended as soon as `look` is told so by `done`."""
+        self._watched = done
+
+    def look(self) -> None:
+        """Sees whether the watched step is done; costs a microsecond."""
+        if self._watched is not None and self._watched():
+            self._watched, self._seen = None, time.perf_counter()
 
     def stop(self) -> float:
-        """The step has ended; its seconds."""
-        self._ended = time.perf_counter()
+        """The step has ended, unless it was seen to have before; its seconds."""
+        self._ended = time.perf_counter() if self._seen is None else self._seen
         self._usual = self._ended - self._began
         return self._usual

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from host_offload.interrupts import hold_interrupts
+from host_offload.threads import give_way
 from moe_jax.decoding.beam_search import Candidates
 from moe_jax.engine.beam_group import BeamGroup, search
 from moe_jax.engine.continuation import Continuation, Drawn
@@ -71,6 +72,7 @@ class EngineLoop:
         self._stepping: tuple[Running, ...] = ()
         self._ahead: Flight | None = None
         self._clock = StepClock()
+        runner.before_program = self._before_program
         # Filled by any thread at any time, emptied by the one that runs steps.
         self._submitted: deque[Running] = deque()
         self._cancelled: deque[Handle] = deque()
@@ -204,7 +206,10 @@ class EngineLoop:
                 job.wrote(count)
             sampled = sum(job.seats for job in groups)
         if draw is not None:
+            # Starting the next step may take longer than this one still does.
+            self._clock.watch(lambda: draw.done)
             self._ahead = self._begin_ahead(flight, draw)
+            self._clock.look()
         self._observer.catch_up()  # while the device works
         drawn = self._sampler.read(draw) if draw is not None else {}
         with hold_interrupts():
@@ -217,6 +222,10 @@ class EngineLoop:
         step = StepTime(flight.tokens, flight.prompt_tokens, sampled, seconds)
         self._observer.after_step(step, flight.reports, flight.residency)
         return True
+
+    def _before_program(self) -> None:
+        give_way()
+        self._clock.look()
 
     def _begin(self) -> Flight | None:
         """Starts the next step; None if there is nothing to run."""

@@ -3,7 +3,7 @@
 Knows weights, KV pages and programs; not requests, text or sampling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -87,6 +87,8 @@ class Runner:
         self.model = model
         self.programs = programs
         self.pages = pages
+        # Called before a program is started, as often as it pays to give way.
+        self.before_program: Callable[[], None] = give_way
         self._whole_prompts = whole_prompts
         self._seqs = bucket_of(max_seqs)
         self._kv = allocate_kv(model.config, pages, model.dtype)
@@ -195,7 +197,7 @@ class Runner:
         step = pack_step(batch, tokens, seqs)
         if sampled is not None:
             step = replace(step, tokens=sampled)
-        give_way()
+        self.before_program()
         x, state, tally = self.programs.embed(self.model.embedding, step)
         x, tally = self._layers(x, state, tally, max_query_length)
         self._end(traced, tokens, max_query_length, tally)
@@ -230,10 +232,10 @@ class Runner:
         programs, layer = self.programs, self.model.layers[-1]
         traced = self._begin()
         step = pack_step(batch, bucket, self._seqs)
-        give_way()
+        self.before_program()
         x, state, tally = programs.embed(self.model.embedding, step)
         x, tally = self._layers(x, state, tally, bucket, slice(-1))
-        give_way()
+        self.before_program()
         self._kv[-1] = layer.program.extend_kv(layer, self._kv[-1], x, state)
         if last:
             rows, seqs, longest = decode_shape(last)
@@ -265,7 +267,7 @@ class Runner:
         layers = list(enumerate(self.model.layers))[which]
         for (i, layer), following in zip_longest(layers, layers[1:]):
             after = following and following[1]
-            give_way()
+            self.before_program()
             x, self._kv[i], tally = layer.program(
                 layer, self._kv[i], x, state, self.model.curves, tally, max_query_length, after
             )

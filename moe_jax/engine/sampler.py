@@ -7,6 +7,7 @@ and no pages; mathematics is in `moe_jax.decoding`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -36,6 +37,12 @@ class Draw:
     places: dict[Continuation, list[int]]
     sampled: Sampled
     errors: dict[Continuation, ValueError]
+
+    @property
+    def done(self) -> bool:
+        """Whether the tokens are there."""
+        token: Any = self.sampled.token  # jax does not declare the method
+        return token.is_ready()
 
 
 class Sampler:

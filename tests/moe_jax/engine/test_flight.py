@@ -197,3 +197,32 @@ def test_steps_take_the_time_from_one_to_the_next(monkeypatch):
     assert measure(0.5, 1, ahead=True, done=True) == 1.5
     assert measure(50, 0.5, ahead=True, done=True) == 2  # asked for late
     assert measure(50, 3, ahead=False) == 3
+
+
+def test_a_step_ends_when_it_is_seen_to_be_done(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    clock, there = StepClock(), [False, False, True]
+    clock.start(ahead=False)
+    clock.watch(lambda: there.pop(0))
+    for _ in range(5):  # programs of the next one are started
+        now[0] += 1
+        clock.look()
+    assert clock.stop() == 3
+    clock.start(ahead=True)
+    clock.look()  # nothing is watched: not even the step before
+    now[0] += 4
+    assert clock.stop() == 6
+
+
+def test_the_end_of_a_step_is_looked_for_while_the_next_is_started(tiny, monkeypatch):
+    engine = moe_jax.load(tiny, dtype="float32", max_tokens=64, max_seqs=1, progress=False)
+    looks, watched = [], []
+    look, watch = StepClock.look, StepClock.watch
+    monkeypatch.setattr(StepClock, "look", lambda clock: (looks.append(clock), look(clock)))
+    monkeypatch.setattr(
+        StepClock, "watch", lambda clock, done: (watched.append(done), watch(clock, done))
+    )
+    engine.generate([5, 6], **TEXT)
+    assert watched
+    assert len(looks) > len(watched) * engine.config.layers
