@@ -9,6 +9,7 @@ is told per program, and other products of bfloat16 become slow in it, or imposs
 
 import functools
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from host_offload.processor import has_matrix_units, multiplies_bfloat16
 warnings.filterwarnings(
     "ignore", "Error writing persistent compilation cache entry for 'jit_rounded_products'"
 )
+
+# XLA:CPU ends the process if such a program is freed as soon as its results are there: a thread may
+# still be putting its workspace back (seen with jax 0.10.2). So the latest outlive their owners.
+_latest: deque[Callable[..., Any]] = deque(maxlen=64)
 
 
 def rounding_pays(dtype: jax.typing.DTypeLike) -> bool:
@@ -41,7 +46,9 @@ def jit_rounded(function: Callable[..., Any], **options: Any) -> Callable[..., A
         return function(*arguments, **named)
 
     run.__name__ = "rounded_products"
-    return jax.jit(run, compiler_options=_compiler_options(), **options)
+    jitted = jax.jit(run, compiler_options=_compiler_options(), **options)
+    _latest.append(jitted)
+    return jitted
 
 
 def _compiler_options() -> dict[str, bool | int | str]:

@@ -148,4 +148,5 @@ class StepClock:
         """The step has ended, unless it was seen to have before; its seconds."""
         self._ended = time.perf_counter() if self._seen is None else self._seen
         self._usual = self._ended - self._began
+        self._watched = None
         return self._usual

@@ -1,6 +1,8 @@
 """Products of bfloat16 with results in bfloat16."""
 
 import functools
+import gc
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +38,15 @@ def test_they_are_onednns_and_rounded_once(columns):
 def test_arguments_keep_their_names():
     run = jit_rounded(lambda x, scale: x * scale, static_argnames="scale")
     np.testing.assert_array_equal(run(jnp.arange(3), scale=2), [0, 2, 4])
+
+
+def test_programs_outlive_their_owners_for_a_while():
+    program = jit_rounded(lambda x: x)
+    kept = weakref.ref(program)
+    del program
+    gc.collect()
+    assert kept() is not None
+    for _ in range(64):
+        jit_rounded(lambda x: x)
+    gc.collect()
+    assert kept() is None

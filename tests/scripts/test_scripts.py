@@ -46,4 +46,5 @@ def test_bench_measures_a_checkpoint_it_makes(run, tmp_path, monkeypatch):
     row = json.loads(out.read_text())["rows"]["moe_jax"]
     assert row["prefill_tokens_per_second"] > 0 and row["share_of_read_limit"] > 0
     assert [len(runs) for runs in row["runs"].values()] == [1, 1]
+    assert 0 <= json.loads(out.read_text())["decode_run_prediction_error"] < 100
     assert "| moe_jax |" in done.stdout
