@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from host_offload.threads import give_way
 from moe_jax.engine.batch import bucket_of
 from moe_jax.engine.continuation import Continuation
 from moe_jax.engine.runner import Runner, StepReport
@@ -143,6 +144,11 @@ class StepClock:
         """Sees whether the watched step is done; costs a microsecond."""
         if self._watched is not None and self._watched():
             self._watched, self._seen = None, time.perf_counter()
+
+    def give_way(self) -> None:
+        """Lets other threads have this core, then looks."""
+        give_way()
+        self.look()
 
     def stop(self) -> float:
         """The step has ended, unless it was seen to have before; its seconds."""

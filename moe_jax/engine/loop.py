@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Int
 
 from host_offload.interrupts import hold_interrupts
-from host_offload.threads import give_way
 from moe_jax.decoding.beam_search import Candidates
 from moe_jax.engine.beam_group import BeamGroup, search
 from moe_jax.engine.continuation import Continuation, Drawn
@@ -72,7 +71,7 @@ class EngineLoop:
         self._stepping: tuple[Running, ...] = ()
         self._ahead: Flight | None = None
         self._clock = StepClock()
-        runner.before_program = self._before_program
+        runner.before_program = self._clock.give_way
         # Filled by any thread at any time, emptied by the one that runs steps.
         self._submitted: deque[Running] = deque()
         self._cancelled: deque[Handle] = deque()
@@ -222,10 +221,6 @@ class EngineLoop:
         step = StepTime(flight.tokens, flight.prompt_tokens, sampled, seconds)
         self._observer.after_step(step, flight.reports, flight.residency)
         return True
-
-    def _before_program(self) -> None:
-        give_way()
-        self._clock.look()
 
     def _begin(self) -> Flight | None:
         """Starts the next step; None if there is nothing to run."""
