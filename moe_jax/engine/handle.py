@@ -123,11 +123,13 @@ class Handle:
         found = completions(self._timing())
         self._unread.append(replace(last, completion=found[0]))
         self._completions = found
+        self._let_go()
         self._tell()
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error, which its reader gets."""
         self._error = error
+        self._let_go()
         self._tell()
 
     def _timing(self) -> Timing:
@@ -143,6 +145,14 @@ class Handle:
             per_token=spent,
         )
 
+    def _let_go(self) -> None:
+        """Forgets the engine, whose memory a request that has ended must not keep."""
+        self._advance = self._cancel = _do_nothing
+
     def _tell(self) -> None:
         if self._listener is not None:
             self._listener()
+
+
+def _do_nothing(_: object) -> None:
+    """For who was about to wait in another thread when the request ended."""

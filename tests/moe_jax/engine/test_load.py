@@ -182,3 +182,35 @@ def test_dtypes_have_names():
 
 def test_the_embedded_model_is_a_folder():
     assert (reference_model_folder() / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "repetition_penalty": 1.2},
+        {"num_beams": 2},
+    ],
+    ids=["greedy", "counted", "beams"],
+)
+@pytest.mark.parametrize("cancels", [False, True], ids=["ended", "cancelled"])
+def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(tiny, options, cancels):
+    """Nobody collects garbage, and a request that has ended is still held."""
+    before = live_bytes()
+    engine = moe_jax.load(tiny, dtype="float32", max_tokens=64, max_seqs=3)
+    handle = engine.submit("many experts", max_tokens=4, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        if cancels:
+            engine.submit("one mixture", max_tokens=1).result()  # the other has begun by then
+            handle.cancel()
+        else:
+            handle.result()
+        held = sum(array.nbytes for array in jax.live_arrays())
+        del engine
+        left = sum(array.nbytes for array in jax.live_arrays())
+    finally:
+        gc.enable()
+    assert handle.done
+    assert left - before < (held - before) / 10
