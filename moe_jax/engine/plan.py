@@ -12,12 +12,15 @@ from moe_jax.config import ModelConfig
 from moe_jax.engine.initial_placement import InitialPlacement
 from moe_jax.engine.work import busy_seconds, work_costs
 from moe_jax.placement.curves import CostCurves
+from moe_jax.placement.expected_hits import hit_chances
 from moe_jax.placement.memory_plan import MemoryPlan
 from moe_jax.placement.planner import Planner, plan_layer
 from moe_jax.placement.timeline import LANES
 
 _PARTS = ("experts on the device", *LANES[1:])
 _MOST_RUNS = 6
+# Numbers of hits that are less likely make no difference that is printed.
+_NEVER = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +75,19 @@ def make_plan(
     # Dense weights are read at the rate at which a resident expert's are.
     expert = float(curves.device_seconds(jnp.int32(1)))
     dense = memory.dense_bytes / memory.expert_bytes * expert
-    total, work = dense, np.zeros(len(LANES))
+    total, waiting, work = dense, 0.0, np.zeros(len(LANES))
     kinds = zip(memory.slots, memory.experts, placed.hits, strict=True)
     for (slots, experts, share), layers in groupby(sorted(kinds)):
         if not experts:
             continue
         count = len(list(layers))
-        predicted, busy = _plan_token(config, slots, experts, share, curves, planner)
+        predicted, for_memory, busy = _plan_token(config, slots, experts, share, curves, planner)
         total += count * predicted
+        waiting += count * for_memory
         work += count * busy
     seconds = {"dense weights": dense} | dict(zip(_PARTS, work.tolist(), strict=True))
-    # Others read memory: it limits only where the experts take as long as it does.
-    binds = seconds["memory"] >= 0.999 * (total - dense)
+    # Others read memory: it limits only where the experts mostly take as long as it does.
+    binds = waiting > 0.5 * (total - dense)
     limits = {part: spent for part, spent in seconds.items() if part != "memory" or binds}
     attention, moe = config.attention, config.moe
     cut = f" in {moe.pieces} pieces each" if moe.pieces > 1 else ""
@@ -110,16 +114,28 @@ def _plan_token(
     share: float,
     curves: CostCurves,
     planner: Planner,
-) -> tuple[float, Float[np.ndarray, " resources"]]:
-    """Seconds of a layer's experts for one token, of whose choices this share meets residents."""
+) -> tuple[float, float, Float[np.ndarray, " resources"]]:
+    """What a layer's experts do for a token, this share of whose choices are hits, on average.
+
+    Their seconds, those of them in which memory is what all wait for, and the work of `LANES`.
+    """
     chosen = config.moe.experts_per_token
-    hits = min(max(round(chosen * share), chosen - (experts - slots)), slots)
-    counts = np.zeros(experts, np.int32)
-    counts[:hits] = 1
-    counts[slots : slots + chosen - hits] = 1
-    plan = planner(jnp.asarray(counts), jnp.arange(experts) < slots, curves)
-    busy = busy_seconds(np.asarray(plan.mode)[None], counts[None], work_costs(curves, 1))
-    return float(plan.predicted), np.array(list(busy.values()))
+    costs, resident = work_costs(curves, 1), jnp.arange(experts) < slots
+    seconds, waiting, work = 0.0, 0.0, np.zeros(len(LANES))
+    for hits, chance in enumerate(hit_chances(experts, slots, chosen, share).tolist()):
+        if chance < _NEVER:
+            continue
+        counts = np.zeros(experts, np.int32)
+        counts[:hits] = 1
+        counts[slots : slots + chosen - hits] = 1
+        plan = planner(jnp.asarray(counts), resident, curves)
+        busy = busy_seconds(np.asarray(plan.mode)[None], counts[None], costs)
+        predicted = float(plan.predicted)
+        seconds += chance * predicted
+        if 0 < busy["memory"] >= 0.999 * predicted:
+            waiting += chance * predicted
+        work += chance * np.array(list(busy.values()))
+    return seconds, waiting, work
 
 
 def _layer_lines(memory: MemoryPlan, unit: str) -> list[str]:

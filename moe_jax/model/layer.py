@@ -5,6 +5,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.cache.paged_kv import LayerKv, write_kv
@@ -193,7 +194,8 @@ def route_layer(
     by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(by_expert)
     plan = replace(plan, mode=mode[address])
     tally = tally.after_experts(plan, where.counts[address], by_expert)
-    has_time = link_has_time(plan.predicted, (mode == Mode.STREAM).sum(), curves)
+    streams, missing = (mode == Mode.STREAM).sum(), (mode >= Mode.STREAM).sum()
+    has_time = link_has_time(plan.predicted, streams, missing, curves)
     routed = Routed(normed=x, gates=gates, where=where, mode=mode, link_has_time=has_time)
     return routed, tally
 
@@ -220,6 +222,9 @@ def shared_expert(
     rounded: bool = False,
 ) -> Float[Array, "tokens embed"]:
     """The expert of every token, scaled by the sigmoid of its gate."""
+    # The router multiplies the same activations; XLA:GPU would join both products, of copied
+    # weights, before the host computation that this expert can run beside.
+    x = lax.optimization_barrier(x)
     ffn = weights.ffn
     y = gated_ffn(ffn.gate_up[...], ffn.down[...], x, config.activation, rounded)
     gate = linear(weights.gate[...], x, rounded=rounded).astype(jnp.float32)

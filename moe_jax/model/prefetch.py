@@ -45,12 +45,20 @@ def guess_missing(
 
 
 def link_has_time(
-    predicted: Float[Array, ""], streams: Int[Array, ""], curves: CostCurves
+    predicted: Float[Array, ""],
+    streams: Int[Array, ""],
+    missing: Int[Array, ""],
+    curves: CostCurves,
 ) -> Bool[Array, ""]:
-    """Whether one expert more can come while a layer runs that takes `predicted` seconds."""
+    """Whether one expert more can come while a layer runs that takes `predicted` seconds.
+
+    The link must have time beside the `streams` it brings, and host memory beside all the
+    `missing` experts that are read from it, streamed or on the host.
+    """
     busy = jnp.where(streams > 0, streams.astype(jnp.float32) * curves.stream, 0)
-    needed = curves.link_latency + busy + curves.stream
-    return jnp.isfinite(curves.stream) & (needed <= predicted)
+    link = curves.link_latency + busy + curves.stream
+    memory = (missing + 1).astype(jnp.float32) * curves.memory
+    return jnp.isfinite(curves.stream) & (jnp.maximum(link, memory) <= predicted)
 
 
 def pays(begun: int, useful: int) -> bool:

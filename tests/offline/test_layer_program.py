@@ -48,6 +48,7 @@ CONFIG = ModelConfig(
 
 
 HALVES = replace(CONFIG, moe=CONFIG.moe.cut(2))
+SHARED = replace(CONFIG, moe=replace(CONFIG.moe, shared_ffn=1536))
 
 
 def dense_arguments(tokens, config):
@@ -189,6 +190,19 @@ def test_halves_of_experts_are_scheduled_as_experts_are(target):
     assert len(given) == 2 * missing
     assert all(line.opcode == "parameter" and "S(5)" in line.type for line in given)
     assert sum(bool(fetch.beside) for fetch in fetches(compiled)) == 2 * 2 * missing
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+def test_the_shared_expert_runs_beside_the_host(tokens):
+    """Joined with the router's product it would run before, with weights copied for the purpose."""
+    compiled = layer_program("h200", tokens, 4, SHARED)
+    (call,) = host_calls(compiled)
+    rows = 2 * SHARED.moe.shared_ffn
+    beside = [line for line in call.beside if str(rows) in line.type]
+    assert any(line.opcode in ("fusion", "custom-call") for line in beside)
+    assert not re.findall(
+        rf"bf16\[(?:{rows + 1}|{rows + EXPERTS}|{rows + EXPERTS + 1}),512\]", compiled.text
+    )
 
 
 @pytest.mark.parametrize("target, backend", [("h200", "gpu"), ("v5e", "tpu")])

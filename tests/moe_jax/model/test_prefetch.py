@@ -33,16 +33,18 @@ def test_the_missing_expert_with_most_of_the_gates_is_guessed(likes, valid, slot
 
 
 @pytest.mark.parametrize(
-    "predicted, streams, stream, expected",
+    "predicted, streams, stream, on_host, expected",
     [
-        (1.0, 0, 0.5, True),
-        (1.0, 1, 0.45, True),
-        (1.0, 1, 0.5, False),  # and the latency
-        (0.4, 0, 0.5, False),
-        (np.inf, 0, np.inf, False),
+        (1.0, 0, 0.5, 0, True),
+        (1.0, 1, 0.45, 0, True),
+        (1.0, 1, 0.5, 0, False),  # and the latency
+        (0.4, 0, 0.5, 0, False),
+        (np.inf, 0, np.inf, 0, False),
+        (1.0, 1, 0.45, 8, True),
+        (1.0, 1, 0.45, 9, False),  # memory is read all the time
     ],
 )
-def test_the_link_must_have_time_for_one_more(predicted, streams, stream, expected):
+def test_link_and_memory_must_have_time_for_one_more(predicted, streams, stream, on_host, expected):
     one = jnp.ones(2, jnp.float32)
     curves = CostCurves(
         tokens=jnp.array([1.0, 2.0], jnp.float32),
@@ -51,9 +53,11 @@ def test_the_link_must_have_time_for_one_more(predicted, streams, stream, expect
         stream=jnp.float32(stream),
         host_launch=jnp.float32(0),
         link_latency=jnp.float32(0.05),
-        memory=jnp.float32(0),
+        memory=jnp.float32(0.1),
     )
-    assert bool(link_has_time(jnp.float32(predicted), jnp.int32(streams), curves)) == expected
+    missing = jnp.int32(streams + on_host)
+    found = link_has_time(jnp.float32(predicted), jnp.int32(streams), missing, curves)
+    assert bool(found) == expected
 
 
 def test_prefetching_ends_where_guesses_are_wrong():
