@@ -108,8 +108,17 @@ def host_memory_bytes() -> int:
 
 
 def device_memory_bytes() -> int:
-    """What the first device may allocate; on the CPU backend the machine's physical memory."""
+    """What the first device may allocate; on the CPU backend the machine's physical memory.
+
+    Raises ValueError where the device does not tell.
+    """
     device = jax.devices()[0]
     if device.platform == "cpu":
         return host_memory_bytes()
-    return device.memory_stats()["bytes_limit"]
+    told = device.memory_stats() or {}
+    if "bytes_limit" not in told:
+        raise ValueError(
+            f"{device} does not tell how much memory it has; give device_memory=, for instance "
+            "device_memory='20GiB'"
+        )
+    return told["bytes_limit"]

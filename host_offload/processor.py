@@ -40,6 +40,17 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in _field("flags").split()
 
 
+def describe_processor() -> str:
+    """Its name, and which units it is known to have of those that experts on the host use."""
+    units = {
+        "AVX-512": has_wide_vectors(),
+        "products of bfloat16": multiplies_bfloat16(),
+        "AMX": has_matrix_units(),
+    }
+    found = ", ".join(name for name, has in units.items() if has)
+    return f"{processor_name()}, {found or 'without AVX-512 and AMX as far as is known'}"
+
+
 def _field(name: str) -> str:
     """The first processor's entry of that name; empty where there is none."""
     try:

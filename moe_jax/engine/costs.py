@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from host_offload.calibration import Calibration
 from moe_jax.config import ModelConfig
 from moe_jax.engine.expert_timing import ExpertTiming
 from moe_jax.placement.curves import CostCurves
-
-MissingExperts = Literal["auto", "stream", "host"]
 
 _log = logging.getLogger(__name__)
 _checked: dict[Path, Calibration] = {}
@@ -32,7 +29,8 @@ def measure_costs(
 
     See `calibrate`. On a GPU the host and the link work beside the device. On a TPU only the link
     does: no host call was ever scheduled beside device work there. On the CPU backend all is done
-    by the same cores, one thing after another, and a transfer is a copy in memory.
+    by the same cores, one thing after another, and a transfer is what the model's program takes
+    longer for an expert that it copies first.
     """
     found = calibrate(config, dtype, host_dtype, recalibrate=recalibrate, progress=progress)
     backend = jax.default_backend()
@@ -59,10 +57,11 @@ def calibrate(
 ) -> Calibration:
     """Returns the calibration kept for this machine and experts of this shape, or measures it.
 
-    A kept one is checked once per process by timing one token on the host and one transfer; where
-    either is off by more than 25 %, all is measured again. Measuring takes up to 10 s; sizes for
-    which no time is left are inferred from others. What was wrong with a kept calibration, what
-    was inferred, and that a result could not be kept, are logged as warnings.
+    A kept one is checked once per process by timing one token on the host, 64 on the device and,
+    where there is a link, one transfer; where one of them is off by more than 25 %, all is
+    measured again. Measuring takes up to 10 s; sizes for which no time is left are inferred from
+    others. What was wrong with a kept calibration, what was inferred, and that a result could not
+    be kept, are logged as warnings.
 
     Args:
       dtype: of weights and activations.
@@ -92,18 +91,6 @@ def calibrate(
                 _log.warning("the calibration cannot be kept in %s: %s", kept_in, error)
     _checked[path] = found
     return found
-
-
-def force(curves: CostCurves, missing_experts: MissingExperts) -> CostCurves:
-    """Curves under which the planner streams, or hosts, every expert that is not resident."""
-    never = lambda curve: jnp.full_like(curve, np.inf)
-    match missing_experts:
-        case "auto":
-            return curves
-        case "stream":
-            return CostCurves(**(vars(curves) | {"host": never(curves.host)}))
-        case "host":
-            return CostCurves(**(vars(curves) | {"stream": never(curves.stream)}))
 
 
 def _kept(path: Path, key: calibration_cache.Key, timing: ExpertTiming) -> Calibration | None:

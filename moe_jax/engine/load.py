@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.resources
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,16 @@ from host_offload.memory import (
     keep_freed_memory,
     parse_bytes,
 )
+from host_offload.processor import describe_processor
 from moe_jax.cache.paged_kv import PAGE_SIZE
 from moe_jax.checkpoint import open_checkpoint
 from moe_jax.checkpoint.chat import read_chat_template
 from moe_jax.checkpoint.tokenizer import read_tokenizer, stop_tokens
 from moe_jax.engine.arrays import ArrayReceiver
-from moe_jax.engine.costs import MissingExperts, force, measure_costs
+from moe_jax.engine.costs import measure_costs
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.initial_placement import place_experts
+from moe_jax.engine.limits import check_limits
 from moe_jax.engine.loop import EngineLoop
 from moe_jax.engine.monitor import Monitor
 from moe_jax.engine.mover import ExpertMover
@@ -35,11 +36,9 @@ from moe_jax.engine.sampler import Sampler
 from moe_jax.engine.seating import Seating
 from moe_jax.engine.sizing import plan_for, read_dtype
 from moe_jax.model.programs import Executor, Programs
-from moe_jax.placement.memory_plan import MemoryPlan
+from moe_jax.placement.forced import MissingExperts, check_planner, force_planner
 from moe_jax.placement.planner import Planner, plan_layer
 from moe_jax.placement.policies import Policy, policy_named
-
-_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 @no_type_check  # checks its own arguments, with errors that a user can read
@@ -150,8 +149,14 @@ def load(
             f"prefetch=True needs executor='driven', got {executor!r}: a compiled layer cannot "
             "start a transfer for the next one"
         )
+    if prefetch and missing_experts == "host":
+        raise ValueError(
+            "prefetch=True brings experts to the device, and missing_experts='host' computes them "
+            "where they are; leave out one of the two"
+        )
     if prefetch is None:
-        prefetch = executor == "driven" and jax.default_backend() != "cpu"
+        brings = executor == "driven" and missing_experts != "host"
+        prefetch = brings and jax.default_backend() != "cpu"
     host = host_device() if executor == "driven" else None
     progress = sys.stderr.isatty() if progress is None else progress
     folder = Path(reference_model_folder() if path is None else path)
@@ -173,17 +178,18 @@ def load(
         max_seqs=max_seqs,
     )
     placed = place_experts(placement, config, memory)
-    if host is None:
-        _check_pinned_limit(memory)
-    costs = measure_costs(config, weights_dtype, host_dtype, progress=progress)
-    curves = force(costs, missing_experts)
+    check_limits(memory.device_bytes_used, memory.host_bytes_used, driven=host is not None)
+    curves = measure_costs(config, weights_dtype, host_dtype, progress=progress)
+    if planner is not None:
+        check_planner(planner, config.moe.num_experts, curves)
+    planner = force_planner(planner or plan_layer, missing_experts)
     receiver = ArrayReceiver(config, placed.slot_expert, weights_dtype, host_dtype, host)
     checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)
     programs = Programs(
         config,
         memory.kv_pages,
         PAGE_SIZE,
-        planner or plan_layer,
+        planner,
         executor,
         prefetch,
         streams=missing_experts != "host",
@@ -191,7 +197,9 @@ def load(
     model = receiver.build(programs, curves)
     # What experts the tokens of prompts use is what a policy begins with.
     runner = Runner(model, programs, memory.kv_pages, max_seqs, whole_prompts=policy.moves)
-    plan = make_plan(config, memory, placed, curves, jax.default_backend(), planner or plan_layer)
+    plan = make_plan(
+        config, memory, placed, curves, f"{jax.default_backend()} ({describe_processor()})", planner
+    )
     most = expert_pieces * (sum(config.moe_layers) if max_swaps is None else max_swaps)
     if expert_pieces > 1:
         policy = replace(policy, gate_top=policy.gate_top * expert_pieces)
@@ -223,17 +231,3 @@ def load(
 def reference_model_folder() -> Path:
     """Where the embedded model lies."""
     return Path(str(importlib.resources.files("moe_jax") / "assets" / "reference_model"))
-
-
-def _check_pinned_limit(memory: MemoryPlan) -> None:
-    """XLA:GPU pins 64 GB at most unless told otherwise before it starts."""
-    if jax.default_backend() != "gpu":
-        return
-    limit = int(os.environ.get(_PINNED_LIMIT, "64")) * 10**9
-    needed = memory.host_experts * memory.host_expert_bytes
-    if needed > limit:
-        raise ValueError(
-            f"{needed / 1e9:.0f} GB of experts go to pinned host memory, and XLA allows "
-            f"{limit / 1e9:.0f} GB; set the environment variable {_PINNED_LIMIT} to at least "
-            f"{needed // 10**9 + 1} before starting Python"
-        )

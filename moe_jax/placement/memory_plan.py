@@ -58,6 +58,11 @@ class MemoryPlan:
         fixed = self.dense_bytes + self.kv_bytes + self.workspace_bytes
         return fixed + self.resident_experts * self.expert_bytes
 
+    @property
+    def host_bytes_used(self) -> int:
+        """What the plan leaves in host memory."""
+        return self.host_experts * self.host_expert_bytes
+
     def __str__(self) -> str:
         used = [
             ("dense weights", self.dense_bytes, ""),
@@ -76,7 +81,7 @@ class MemoryPlan:
         lines += [
             f"  {name:<13}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in used
         ]
-        host = self.host_experts * self.host_expert_bytes
+        host = self.host_bytes_used
         lines.append(f"host memory    {format_bytes(host):>11} of {format_bytes(self.host_bytes)}")
         each = format_bytes(self.host_expert_bytes)
         note = f"{self.host_experts} of {sum(self.experts)}, {each} each"
@@ -162,7 +167,7 @@ def plan_memory(
         experts=experts,
         host_bytes=host_bytes,
     )
-    needed = plan.host_experts * plan.host_expert_bytes
+    needed = plan.host_bytes_used
     if needed > host_bytes:
         raise ValueError(
             f"the host budget of {format_bytes(host_bytes)} is "

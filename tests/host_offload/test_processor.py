@@ -69,3 +69,16 @@ def test_where_nothing_tells_there_are_no_units(describe, tmp_path, monkeypatch)
     assert not processor.has_wide_vectors()
     assert not processor.multiplies_bfloat16()
     assert processor.processor_name()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "without AVX-512 and AMX as far as is known"),
+        ("avx512f avx512_bf16", "AVX-512, products of bfloat16"),
+        ("avx512f avx512_bf16 amx_bf16 amx_int8", "AVX-512, products of bfloat16, AMX"),
+    ],
+)
+def test_a_description_names_the_units_there_are(describe, flags, expected):
+    describe(CPUINFO.format(flags=flags))
+    assert processor.describe_processor() == f"Fast Processor 1000, {expected}"

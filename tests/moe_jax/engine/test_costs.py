@@ -16,7 +16,7 @@ from host_offload import calibration_cache
 from host_offload.calibration import SIZES
 from moe_jax.checkpoint import open_checkpoint
 from moe_jax.engine import costs, expert_timing
-from moe_jax.engine.costs import calibrate, force, measure_costs
+from moe_jax.engine.costs import calibrate, measure_costs
 from moe_jax.engine.expert_timing import ExpertTiming
 from tests.calibrations import FOUND
 
@@ -186,14 +186,6 @@ def test_curves_say_what_the_planner_needs(
     assert (curves.stream, curves.link_latency, curves.host_launch) == (0.5, 0.25, 0.125)
     assert curves.memory == 0.25
     assert (curves.host_beside, curves.link_beside) == (host_beside, link_beside)
-
-
-def test_one_way_can_be_forced(config, scripted):
-    curves = measure_costs(config, FLOAT32)
-    assert force(curves, "auto") is curves
-    assert np.isinf(force(curves, "stream").host).all()
-    assert np.isinf(force(curves, "host").stream)
-    assert np.isfinite(force(curves, "host").host).all()
 
 
 def run_script(monkeypatch, *arguments):

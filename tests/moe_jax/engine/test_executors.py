@@ -6,7 +6,6 @@ import pytest
 
 import moe_jax
 from host_offload import memory
-from moe_jax.engine import load as load_module
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.engine.swap import violations
@@ -91,15 +90,6 @@ def test_driven_needs_the_cpu_backend(tiny, monkeypatch):
     monkeypatch.setattr(memory.jax, "local_devices", absent)
     with pytest.raises(ValueError, match="started without its CPU backend; add cpu to the env"):
         moe_jax.load(tiny, executor="driven", **SIZES)
-
-
-def test_the_limit_of_pinned_memory_holds_for_compiled_layers_only(tiny, monkeypatch):
-    """The CPU backend's memory is not pinned by the accelerator's driver."""
-    checked = []
-    monkeypatch.setattr(load_module, "_check_pinned_limit", checked.append)
-    for executor in ("compiled", "driven"):
-        moe_jax.load(tiny, executor=executor, **SIZES)
-    assert len(checked) == 1
 
 
 def test_only_driven_layers_prefetch(tiny, driven):

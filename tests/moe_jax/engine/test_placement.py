@@ -10,6 +10,9 @@ import moe_jax
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.experts import ExpertBank
+from moe_jax.placement.forced import force
+from moe_jax.placement.planner import Mode, plan_layer
+from moe_jax.placement.rules import host_all, stream_all
 from tests.tolerances import assert_close
 
 SIZES = {"dtype": "float32", "max_tokens": 64, "max_seqs": 3}
@@ -35,9 +38,8 @@ def executions(engine):
 @pytest.fixture(scope="module")
 def curves(tiny):
     """The costs that each value of missing_experts gives, and some that split the experts."""
-    found = {
-        mode: load(tiny, 0.0, missing_experts=mode)._loop.runner.model.curves for mode in MODES[:3]
-    }
+    measured = load(tiny, 0.0)._loop.runner.model.curves
+    found = {mode: force(measured, mode) for mode in MODES[:3]}
     even = jnp.full_like(found["auto"].host, 1.0)
     found["mixed"] = dataclasses.replace(
         found["auto"],
@@ -84,10 +86,47 @@ def test_logits_and_tokens_do_not_depend_on_placement(offloaded, everything_resi
     assert streamed + hosted > 0
 
 
-def test_missing_experts_forbids_the_other_way(curves):
-    assert np.isinf(curves["stream"].host).all() and np.isfinite(curves["stream"].stream)
-    assert np.isinf(curves["host"].stream) and np.isfinite(curves["host"].host).all()
-    assert np.isfinite(curves["auto"].host).all() and np.isfinite(curves["auto"].stream)
+@pytest.mark.parametrize("executor", ["compiled", "driven"])
+@pytest.mark.parametrize("missing, planner", [("stream", host_all), ("host", stream_all)])
+def test_what_is_forced_holds_for_planners_that_want_the_other_way(
+    tiny, everything_resident, missing, planner, executor
+):
+    engine = load(tiny, 0.5, missing_experts=missing, planner=planner, executor=executor)
+    before = executions(engine)
+    assert greedy(engine) == everything_resident[1]
+    _, streamed, hosted = executions(engine) - before
+    assert (streamed > 0, hosted > 0) == (missing == "stream", missing == "host")
+    assert np.isfinite(engine.plan.tokens_per_second) and engine.plan.tokens_per_second > 0
+
+
+def looks(counts, resident, curves):
+    return plan_layer(counts, resident, curves) if counts[0] > 0 else None
+
+
+def invents(counts, resident, curves):
+    plan = plan_layer(counts, resident, curves)
+    return dataclasses.replace(plan, mode=plan.mode + len(Mode))
+
+
+@pytest.mark.parametrize(
+    "planner, text",
+    [
+        ("fiddler", "'fiddler' raised TypeError"),
+        (looks, "looks .* raised TracerBoolConversionError"),
+        (lambda *_: None, "returns a LayerPlan; .* returned None"),
+        (invents, r"its modes must be one Mode \(0 to 3\) for each of 4 experts"),
+    ],
+    ids=["name", "looks", "none", "invents"],
+)
+def test_a_planner_is_tried_before_weights_are_read(tiny, planner, text):
+    with pytest.raises(ValueError, match=text):
+        load(tiny, 0.5, planner=planner)
+
+
+def test_nothing_is_prefetched_where_experts_stay_on_the_host(tiny):
+    options = {"missing_experts": "host", "executor": "driven"}
+    with pytest.raises(ValueError, match="prefetch=True brings experts to the device"):
+        load(tiny, 0.5, prefetch=True, **options)
 
 
 @pytest.mark.usefixtures("banks")
