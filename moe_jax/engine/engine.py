@@ -26,7 +26,6 @@ from moe_jax.engine.prompts import encode_prompt, is_many
 from moe_jax.engine.recording import record_routing
 from moe_jax.engine.request import Request, check_beams_fit
 from moe_jax.engine.stats import Stats
-from moe_jax.placement.planner import plan_layers
 from moe_jax.placement.timeline import Timeline, make_timeline
 from moe_jax.placement.trace import RoutingTrace
 
@@ -197,16 +196,16 @@ class Engine:
     def timeline(self) -> Timeline:
         """What device, link and host should have done during the last step of a generation.
 
-        As planned, not as measured. Print it, or draw it with scripts/timeline.py.
+        Each expert in the way in which it ran; the times are planned, neither measured nor
+        corrected by what was (`stats` compares). Print it, or draw it with scripts/timeline.py.
 
         Raises ValueError if nothing was generated yet.
         """
         report, _ = self._observer.last_step()
-        model, (counts, resident) = self._loop.runner.model, self.last_routing()
-        plans = plan_layers(self._loop.runner.programs.planner, counts, resident, model.curves)
+        model = self._loop.runner.model
         timeline = make_timeline(
-            counts,
-            np.asarray(plans.mode),
+            np.asarray(report.tally.counts),
+            np.asarray(report.tally.modes),
             model.curves,
             self._observer.monitor.dense_seconds(report.tokens) / self.config.layers,
         )

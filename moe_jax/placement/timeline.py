@@ -5,6 +5,7 @@ Knows counts, modes and costs; what was really going on is for a profiler to say
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.pieces import Pieces
 from moe_jax.placement.planner import Mode
 
-# Memory is the host's: it is read by whoever uses an expert that is not resident.
+# Memory is the host's, read by whoever uses an expert that is not resident: its lane shows how long
+# the reads of a layer take at the full rate, and not when which of them comes.
 LANES = ("device", "link", "host", "memory")
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -42,13 +44,22 @@ class Timeline:
     spans: tuple[Span, ...]
     seconds: float
 
+    @property
+    def layer_starts(self) -> dict[int, float]:
+        """When each layer with work begins: when the one before has ended."""
+        starts, end = {}, 0.0
+        for layer, spans in groupby(self.spans, key=lambda span: span.layer):
+            starts[layer] = end
+            end = max(span.end for span in spans)
+        return starts
+
     def busy(self, lane: str) -> float:
         """The share of the step in which a lane works."""
         total = sum(span.end - span.start for span in self.spans if span.lane == lane)
         return total / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        lines = [f"{self.seconds * 1e3:.3g} ms"]
+        lines = [f"{self.seconds * 1e3:.3g} ms as planned"]
         for lane in LANES:
             cells = "".join(_BLOCKS[round(share * 8)] for share in self._shares(lane, 64))
             lines.append(f"{lane:<7}|{cells}| {self.busy(lane):4.0%}")

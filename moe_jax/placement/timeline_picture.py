@@ -33,9 +33,9 @@ def draw_timeline(timeline: Timeline, *, layers: int = 8, title: str | None = No
         if not dense and span.end - span.start > 0.015 * end:
             middle = 500 * (span.start + span.end)
             axes.text(middle, LANES.index(span.lane), str(span.expert), ha="center", va="center")
-    starts = {span.layer: span.start for span in reversed(shown)}
-    for start in starts.values():
-        axes.axvline(1e3 * start, color="black", linewidth=0.5, linestyle=":")
+    for layer, start in timeline.layer_starts.items():
+        if layer < layers:
+            axes.axvline(1e3 * start, color="black", linewidth=0.5, linestyle=":")
     axes.set_yticks(range(len(LANES)), LANES)
     axes.invert_yaxis()
     axes.set(xlabel="ms (grey: dense part; numbers: experts; dotted: a layer begins)", title=title)

@@ -50,6 +50,8 @@ def test_a_layer_ends_when_its_planner_says(planner, beside):
     np.testing.assert_allclose(ends, plans.predicted, rtol=1e-6)
     whole = make_timeline(counts, modes, curves, dense_seconds=4.0)
     assert whole.seconds == pytest.approx(float(plans.predicted.sum()) + 4 * LAYERS)
+    taken = np.asarray(plans.predicted) + 4
+    np.testing.assert_allclose(list(whole.layer_starts.values()), np.cumsum(taken) - taken, 1e-5)
 
 
 @pytest.mark.parametrize("beside", [(1, 1), (0, 1), (0, 0)], ids=["gpu", "tpu", "cpu"])
@@ -96,7 +98,7 @@ def test_it_draws_itself():
     zero = jnp.float32(0)
     curves = make_curves(host_launch=zero, memory=zero)
     line = str(make_timeline(counts, modes, curves)).splitlines()
-    assert line[0] == "6e+03 ms"
+    assert line[0] == "6e+03 ms as planned"
     assert line[1].startswith("device |" + 21 * "█") and line[1].endswith(" 33%")
     assert line[2] == "link   |" + 64 * " " + "|   0%"
     assert line[4].startswith("memory |" + 64 * " ")
