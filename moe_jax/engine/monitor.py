@@ -99,16 +99,18 @@ class Monitor:
 
     def _counted(self, reports: Sequence[StepReport]) -> dict[str, Any]:
         """What these steps add to the totals, but for their time."""
-        modes, predicted = np.zeros(len(Mode), np.int64), 0.0
+        modes, predicted, least = np.zeros(len(Mode), np.int64), 0.0, 0.0
         for report in reports:
             modes += np.bincount(np.ravel(report.tally.modes), minlength=len(Mode))
             predicted += float(report.tally.predicted)
+            least += float(report.tally.lower_bound)
         _, resident, streamed, hosted = modes.tolist()
         return {
             "resident": resident,
             "streamed": streamed,
             "hosted": hosted,
             "predicted_seconds": predicted,
+            "bound_seconds": least,
         }
 
     def _timed(self, step: StepTime, reports: Sequence[StepReport]) -> dict[str, Any]:

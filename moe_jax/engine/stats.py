@@ -1,5 +1,6 @@
 """Counts and times of everything an engine has done."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 from host_offload.memory import format_bytes
@@ -83,6 +84,7 @@ class Stats:
       prefetched: experts brought over for a layer before it was known that it needs them.
       prefetched_useful: those that it did need; they count as resident.
       predicted_seconds: what the planner expected the expert parts to take.
+      bound_seconds: what no plan could have beaten for them, by the same costs.
       prefill_error, decode_error: the share of their time by which steps were mispredicted, with
         corrections from earlier steps; None before there was a second step of one kind.
       prefill_times, decode_times: those steps, measured and predicted, by resource.
@@ -104,6 +106,7 @@ class Stats:
     prefetched: int = 0
     prefetched_useful: int = 0
     predicted_seconds: float = 0.0
+    bound_seconds: float = 0.0
     prefill_error: float | None = None
     decode_error: float | None = None
     prefill_times: StepTimes = field(default_factory=StepTimes)
@@ -125,6 +128,16 @@ class Stats:
         """The share of expert executions that found the expert on the device."""
         total = self.resident + self.streamed + self.hosted
         return self.resident / total if total else 0.0
+
+    @property
+    def plan_excess(self) -> float | None:
+        """By which share plans were predicted to take longer than the best possible, at most.
+
+        The certificate of the plans that ran; None before there was one that ends.
+        """
+        if not (self.bound_seconds > 0 and math.isfinite(self.predicted_seconds)):
+            return None
+        return max(0.0, self.predicted_seconds / self.bound_seconds - 1)
 
     @property
     def bytes_streamed(self) -> int:
@@ -163,6 +176,7 @@ class Stats:
             f"{self.hosted} on host, {self.swapped} swapped in | "
             f"moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
+            + self._excess_text()
             + self._prefetch_text()
             + self._cache_text()
             + _error_text("prefill", self.prefill_error)
@@ -170,6 +184,11 @@ class Stats:
             + _times_text("prefill", self.prefill_times)
             + _times_text("decode", self.decode_times)
         )
+
+    def _excess_text(self) -> str:
+        if self.plan_excess is None or not self.streamed + self.hosted:
+            return ""
+        return f" | plans within {self.plan_excess:.1%} of the best possible"
 
     def _prefetch_text(self) -> str:
         if not self.prefetched:

@@ -24,7 +24,7 @@ class Tally:
       layer: the layer that reports next.
       rows: of each layer, one after another: the `Mode` in which each expert ran, the tokens routed
         to it, the sum of its gates over those tokens, and last the seconds that the planner
-        expected the expert part to take.
+        expected the expert part to take, and those that no plan could have beaten.
     """
 
     layer: Int[Array, ""]
@@ -34,7 +34,7 @@ class Tally:
     def empty(cls, layers: int, experts: int) -> "Tally":
         """Nothing done yet."""
         assert Mode.IDLE == 0, "rows of layers without experts are zeros"
-        rows = jnp.zeros((layers, 3 * experts + 1), jnp.float32)
+        rows = jnp.zeros((layers, 3 * experts + 2), jnp.float32)
         return cls(layer=jnp.zeros((), jnp.int32), rows=rows)
 
     @property
@@ -55,6 +55,11 @@ class Tally:
     @property
     def predicted(self) -> Float[Array | np.ndarray, ""]:
         """Seconds the planner expected the expert parts of all layers to take."""
+        return self.rows[:, -2].sum()
+
+    @property
+    def lower_bound(self) -> Float[Array | np.ndarray, ""]:
+        """Seconds that the expert parts would have taken with any plan, by the same costs."""
         return self.rows[:, -1].sum()
 
     def after_dense_layer(self) -> "Tally":
@@ -65,7 +70,8 @@ class Tally:
         self, plan: LayerPlan, counts: Int[Array, " experts"], gates: Float[Array, " experts"]
     ) -> "Tally":
         """This tally and a layer that ran by this plan; modes, counts and gates are by expert."""
-        parts = (plan.mode, counts, gates, plan.predicted[None])
+        seconds = jnp.stack([plan.predicted, plan.lower_bound])
+        parts = (plan.mode, counts, gates, seconds)
         row = jnp.concatenate([part.astype(jnp.float32) for part in parts])
         rows = lax.dynamic_update_index_in_dim(self.rows, row, self.layer, 0)
         return Tally(layer=self.layer + 1, rows=rows)

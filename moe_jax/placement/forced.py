@@ -35,11 +35,12 @@ def force_planner(planner: Planner, missing_experts: MissingExperts) -> Planner:
         if planner is plan_layer:  # it never chooses what would never end
             return plan
         mode = jnp.where(plan.mode == other.value, wanted.value, plan.mode)
-        return replace(
-            plan,
+        predicted = resource_seconds(mode, counts, curves).layer(curves)
+        return LayerPlan(
             mode=mode,
             streams=jnp.sum(mode == Mode.STREAM.value, dtype=jnp.int32),
-            predicted=resource_seconds(mode, counts, curves).layer(curves),
+            predicted=predicted,
+            lower_bound=jnp.minimum(plan.lower_bound, predicted),
         )
 
     return forced

@@ -103,7 +103,7 @@ def compile_layer(target, tokens, slots, config, **flags):
             max_query_length=tokens,
         )
 
-    tally = Tally(layer=array((), i32), rows=array((1, 3 * count + 1), f32))
+    tally = Tally(layer=array((), i32), rows=array((1, 3 * count + 2), f32))
     arguments = parameters, experts, kv, x, step, curves, tally
     return compile_for(target, layer, *arguments, donated=(2, 3, 6), **flags)
 

@@ -47,7 +47,7 @@ def report(predicted=17.5, compiled=False, tokens=1):
         mode=jnp.asarray([mode.value for mode in MODES], jnp.int32),
         streams=jnp.int32(1),
         predicted=jnp.float32(predicted),
-        lower_bound=jnp.float32(0),
+        lower_bound=jnp.float32(14),
     )
     counts = jnp.ones(4, jnp.int32)
     tally = Tally.empty(1, 4).after_experts(plan, counts, counts.astype(jnp.float32))
@@ -107,6 +107,18 @@ def test_a_prefill_of_several_chunks_is_one_step():
     assert stats.prefill_times.steps == 1 and stats.decode_times.steps == 0
     assert stats.prefill_times.predicted == pytest.approx(41)
     assert stats.prefill_times.link == pytest.approx(2 * 4.25)
+
+
+def test_the_certificate_of_the_plans_that_ran():
+    monitor = Monitor(MEMORY, CURVES)
+    assert monitor.stats(Counter(), 0).plan_excess is None
+    decode(monitor, 41.0)
+    decode(monitor, 41.0, predicted=14.0)
+    stats = monitor.stats(Counter(), 0)
+    assert stats.plan_excess == pytest.approx(31.5 / 28 - 1)
+    assert "| plans within 12.5% of the best possible" in str(stats)
+    decode(monitor, 41.0, predicted=np.inf)
+    assert "best possible" not in str(monitor.stats(Counter(), 0))
 
 
 def test_totals_of_a_part_and_the_text():

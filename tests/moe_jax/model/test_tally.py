@@ -16,7 +16,7 @@ def test_every_layer_has_its_row():
     )
     tally = Tally.empty(3, EXPERTS).after_experts(plan, counts, gates)
     tally = tally.after_dense_layer().after_experts(plan, counts, gates)
-    assert tally.layer == 3 and tally.predicted == 14
+    assert (tally.layer, tally.predicted, tally.lower_bound) == (3, 14, 2)
     assert tally.modes.tolist() == [mode.tolist(), [0] * 5, mode.tolist()]
     assert tally.counts.tolist() == [[3, 0, 1, 0, 0], [0] * 5, [3, 0, 1, 0, 0]]
     assert tally.gates[2].tolist() == [1.5, 0, 0.5, 0, 0] and not tally.gates[1].any()
