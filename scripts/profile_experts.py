@@ -5,6 +5,7 @@ others are fed one by one, as in decoding.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +29,36 @@ def join(traces: list[RoutingTrace]) -> RoutingTrace:
 def describe(trace: RoutingTrace) -> str:
     """How evenly experts are used, and how often a token's experts were those of the one before."""
     decode = trace.counts[~trace.prefill] > 0
-    use = decode.mean(axis=0)
+    use = decode.sum(axis=0)
     quarter = max(1, trace.experts // 4)
-    busiest = np.sort(use, axis=1)[:, -quarter:].sum() / use.sum()
-    again = (decode[1:] & decode[:-1]).sum() / decode[1:].sum()
+    busiest = np.sort(use, axis=1)[:, -quarter:].sum()
+    again = (decode[1:] & decode[:-1]).sum()
     return (
         f"{trace.steps} steps ({int(trace.prefill.sum())} of prompts), {trace.layers} layers with "
         f"{trace.experts} experts, top-{trace.experts_per_token}\n"
-        f"the busiest quarter of the experts of a layer does {busiest:.0%} of the work; "
-        f"{again:.0%} of a token's experts served the token before"
+        f"the busiest quarter of the experts of a layer does {percent(busiest, use.sum())} "
+        f"of the work; {percent(again, decode[1:].sum())} of a token's experts served the token "
+        "before"
     )
+
+
+def percent(part: int, whole: int) -> str:
+    """A share; "-" of nothing."""
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def read_text(path: str) -> str:
+    """A file's text. Raises OSError, and ValueError for what is not UTF-8 or blank."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it, or give "
+            "another --text"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{path} is blank, nothing can be recorded on it; give another --text")
+    return text
 
 
 def main() -> None:
@@ -51,11 +72,19 @@ def main() -> None:
     add("--prompt", type=int, default=128, help="of which this many are its prompt (128)")
     arguments = parser.parse_args()
     if not 0 <= arguments.prompt < arguments.piece:
-        parser.error(f"--prompt {arguments.prompt} must be less than --piece {arguments.piece}")
+        raise ValueError(
+            f"--prompt is {arguments.prompt}; choose 0 or more, less than --piece, which is "
+            f"{arguments.piece}"
+        )
+    if arguments.tokens < 1:
+        raise ValueError(f"--tokens is {arguments.tokens}; choose 1 or more")
+    text, out = read_text(arguments.text), Path(arguments.out)
+    if out.suffix != ".npz":
+        raise ValueError(f"--out is {out}; choose a name that ends in .npz")
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the recording
     engine = moe_jax.load(arguments.checkpoint, max_tokens=arguments.piece, max_seqs=1)
     if engine.tokenizer is None:
-        parser.error("the checkpoint has no tokenizer, so no text can be read with it")
-    text = Path(arguments.text).read_text(encoding="utf-8")
+        raise ValueError("the checkpoint has no tokenizer, so no text can be read; give another")
     tokens = list(engine.tokenizer.encode(text))[: arguments.tokens]
     pieces = [tokens[i : i + arguments.piece] for i in range(0, len(tokens), arguments.piece)]
     traces = []
@@ -63,9 +92,14 @@ def main() -> None:
         traces.append(engine.routing(piece, prompt_tokens=min(arguments.prompt, len(piece))))
         print(f"[{number}/{len(pieces)}] {len(piece)} tokens", flush=True)
     trace = join(traces)
-    save_trace(trace, arguments.out)
-    print(f"{describe(trace)}\nwritten to {arguments.out}")
+    save_trace(trace, out)
+    print(f"{describe(trace)}\nwritten to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

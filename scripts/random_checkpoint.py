@@ -6,6 +6,7 @@ time. OLMoE-1B-7B takes 13.8 GB of disk.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,15 @@ def config_of(shape: str) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """Makes the checkpoint, unless a complete one is there already."""
-    if (folder / "model.safetensors.index.json").exists():
-        return
+    """Makes the checkpoint, unless a complete one of that shape is there already.
+
+    Raises ValueError if the folder holds another one.
+    """
+    described, indexed = folder / "config.json", folder / "model.safetensors.index.json"
+    if described.exists():
+        _check_shape(described, config)
+        if indexed.exists():
+            return
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
     size = 0
@@ -90,10 +97,23 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": size}, "weight_map": index})
-    )
+    described.write_text(json.dumps(config, indent=1))
+    indexed.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+
+
+def _check_shape(path: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError if the config.json there is no JSON, or says otherwise than `config`."""
+    advice = "give another folder, or delete this one"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; {advice}") from error
+    for key, value in config.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path.parent} holds a checkpoint of another shape: its {key} is "
+                f"{found.get(key)}, not {value}; {advice}"
+            )
 
 
 def _shards(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
@@ -166,4 +186,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -11,11 +11,13 @@ into so many, each of which is streamed or runs on the host.
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_jax.placement.caches import cache_residents, hit_rate
 from moe_jax.placement.curves import CostCurves
 from moe_jax.placement.machines import MACHINES, Machine, curves_for, expert_bytes, machine_named
 from moe_jax.placement.pieces import Pieces
@@ -25,9 +27,7 @@ from moe_jax.placement.residency import profile_placement
 from moe_jax.placement.rules import fiddler, host_all, stream_all
 from moe_jax.placement.simulate import (
     Simulation,
-    cache_residents,
     find_oracle,
-    hit_rate,
     simulate,
     uniform_slots,
 )
@@ -35,6 +35,7 @@ from moe_jax.placement.trace import RoutingTrace, load_trace, uniform_trace, zip
 
 PLANNERS = {"plan": plan_layer, "fiddler": fiddler, "stream": stream_all, "host": host_all}
 ITEMSIZE = 2  # bfloat16
+LABELS = ("machine", "model", "trace", "policy")
 HINDSIGHT = "static, hindsight"  # residents are those that turn out busiest
 
 
@@ -60,7 +61,13 @@ MODELS = {
     "qwen3-30b-a3b": Shape(
         layers=48, experts=128, experts_per_token=8, embed=2048, ffn=768, dense=1.54e9
     ),
+    "olmoe-1b-7b": Shape(
+        layers=16, experts=64, experts_per_token=8, embed=2048, ffn=1024, dense=0.48e9
+    ),
 }
+# OLMoE fits whole into the default device memory, where all ways are alike.
+DEFAULT_MODELS = ["mixtral-8x7b", "qwen3-30b-a3b"]
+LEAST = {"steps": 1, "sequences": 1, "prompt": 0, "reserve_gb": 0, "most_per_step": 0, "seed": 0}
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +76,8 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--machines", nargs="+", default=list(MACHINES), metavar="NAME", help=f"{[*MACHINES]}")
-    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
+    models = dict(choices=MODELS, help=f"{[*MODELS]} ({' '.join(DEFAULT_MODELS)})")
+    add("--models", nargs="+", default=DEFAULT_MODELS, metavar="NAME", **models)
     add("--policies", nargs="+", default=list(POLICIES), metavar="NAME", help=f"{[*POLICIES]}")
     add("--trace", nargs="+", default=[], metavar="FILE", help="recorded traces of the models")
     add("--pieces", nargs="+", type=int, default=[1], help="of a missing expert, for the plan (1)")
@@ -81,10 +89,13 @@ def parse() -> argparse.Namespace:
     add("--device-gb", type=float, default=24.0, help="device memory; a smaller device has less")
     add("--reserve-gb", type=float, default=2.0, help="of it for KV cache and activations")
     add("--most-per-step", type=int, help="most swaps after a step (default: one per layer)")
+    text = "swap as an executor could that uploads beside steps, and keeps what was streamed"
+    add("--overlap-uploads", action="store_true", help=text)
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     try:
+        check_numbers(arguments)
         for policy in arguments.policies:
             policy_named(policy)
         for machine in arguments.machines:
@@ -92,16 +103,37 @@ def parse() -> argparse.Namespace:
         for model, pieces in itertools.product(arguments.models, arguments.pieces):
             curves_of(MACHINES["h200"], MODELS[model], pieces)
         arguments.recorded = {Path(path).stem: load_trace(path) for path in arguments.trace}
+        for name, trace in arguments.recorded.items():
+            check_experts(name, trace, arguments.models)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    known = {MODELS[name].experts for name in arguments.models}
-    for name, trace in arguments.recorded.items():
-        if trace.experts not in known:
-            parser.error(
-                f"the trace {name} has {trace.experts} experts per layer, the models have "
-                f"{sorted(known)}; choose another of --models"
-            )
     return arguments
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option that is out of range, or NaN."""
+    for name, least in LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}; choose {least} or more")
+    if not 0 <= arguments.locality <= 1:
+        raise ValueError(f"--locality is {arguments.locality}; choose a probability, 0 to 1")
+    if not arguments.device_gb > 0:
+        raise ValueError(f"--device-gb is {arguments.device_gb}; choose more than 0")
+
+
+def check_experts(name: str, trace: RoutingTrace, models: list[str]) -> None:
+    """Raises ValueError if none of these models has the trace's number of experts."""
+    if any(MODELS[model].experts == trace.experts for model in models):
+        return
+    counts = ", ".join(f"{shape.experts} ({model})" for model, shape in MODELS.items())
+    fitting = [model for model, shape in MODELS.items() if shape.experts == trace.experts]
+    raise ValueError(
+        f"the trace {name} has {trace.experts} experts per layer, none of --models does; there are "
+        f"{counts}; "
+        + (f"name {' or '.join(fitting)} in --models" if fitting else "record one of such a model")
+    )
 
 
 def traces(shape: Shape, arguments: argparse.Namespace) -> dict[str, RoutingTrace]:
@@ -159,9 +191,11 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, str | int], 
                 slots = slots_for(shape, trace, machine, arguments)
                 cuts = {n: Pieces(count=n, curves=curves_of(machine, shape, n)) for n in counts}
                 profile = profile_placement(trace.counts.sum(0, dtype="int64"), slots)
+                most = arguments.most_per_step
                 common = dict(
                     expert_bytes=size,
-                    most_per_step=arguments.most_per_step or trace.layers,
+                    most_per_step=trace.layers if most is None else most,
+                    overlap_uploads=arguments.overlap_uploads,
                     oracle=find_oracle(trace, curves, slots),
                 )
                 for planner, policy, count in ways(arguments):
@@ -198,12 +232,11 @@ def ways(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 
 def worst(records: list[dict], pieces: int, phase: str) -> str:
-    """The plan farthest from the bound, in words."""
-    keys = f"{phase}_seconds", f"{phase}_bound_seconds"
+    """The plan farthest from the bound, uploads left out, in words."""
     ratios = [
-        (row[keys[0]] / row[keys[1]], [row[key] for key in ("machine", "model", "trace", "policy")])
+        (row[f"{phase}_over_bound"] or 0.0, [row[key] for key in LABELS])
         for row in records
-        if row["planner"] == "plan" and row["pieces"] == pieces and row[keys[1]]
+        if row["planner"] == "plan" and row["pieces"] == pieces
     ]
     ratio, where = max(ratios, default=(1.0, ["nowhere"]))
     return f"{phase} at most {ratio:.3f} of the bound ({', '.join(where)})"
@@ -232,4 +265,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -6,6 +6,7 @@ is planned for another machine and another size of expert.
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +34,29 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses before any work what would fail after it, or draw nothing; makes --out's folder.
+
+    Raises ValueError for a count below 1, without matplotlib and for an unknown kind of picture,
+    and OSError if there can be no such folder.
+    """
+    for name in ("tokens", "layers", "embed", "ffn"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; choose 1 or more")
+    if not arguments.out:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 - the train extra
+    except ImportError as error:
+        raise ValueError(
+            "drawing needs matplotlib, which is not installed: pip install 'moe-jax[train]'"
+        ) from error
+    out, kinds = Path(arguments.out), FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--out is {out}; choose a name that ends in one of {', '.join(kinds)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def plan_elsewhere(engine: moe_jax.Engine, arguments: argparse.Namespace) -> Timeline:
     """The last step's routing, planned for another machine and expert."""
     counts, resident = engine.last_routing()
@@ -43,6 +67,7 @@ def plan_elsewhere(engine: moe_jax.Engine, arguments: argparse.Namespace) -> Tim
 
 def main() -> None:
     arguments = parse()
+    check(arguments)
     folder = arguments.checkpoint or reference_model_folder()
     budget = device_memory_for(folder, experts=arguments.resident)
     engine = moe_jax.load(arguments.checkpoint, device_memory=budget)
@@ -61,5 +86,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")

@@ -183,21 +183,24 @@ class SwapCosts:
     Attributes:
       saving: seconds that a hit saves over the cheaper way of a miss, by tokens; those past the
         end count as the last.
-      upload: seconds of link or host memory that an expert takes to come.
+      upload: seconds of link or host memory that a swap takes.
     """
 
     saving: Float[np.ndarray, " tokens"]
     upload: float
 
 
-def swap_costs(curves: CostCurves) -> SwapCosts:
-    """The costs of swaps, from those of experts."""
+def swap_costs(curves: CostCurves, overlap: bool = False) -> SwapCosts:
+    """The costs of swaps, from those of experts.
+
+    One expert comes and then another goes back, as the engine does it; with `overlap` both at once.
+    """
     tokens = jnp.arange(_MOST_TOKENS + 1, dtype=jnp.int32)
     device = curves.device_seconds(tokens)
     missed = jnp.minimum(curves.host_seconds(tokens), curves.stream + device)
     return SwapCosts(
         saving=np.asarray(missed - device, np.float64),
-        upload=max(float(curves.stream), float(curves.memory)),
+        upload=(1 if overlap else 2) * max(float(curves.stream), float(curves.memory)),
     )
 
 

@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import sys
 import tempfile
 
 import pytest
 
+import moe_jax
 from tests.scripts.conftest import SCRIPTS
 
 
@@ -32,6 +34,31 @@ def test_a_step_is_shown_for_another_machine(run, tmp_path):
     assert done.returncode == 0, done.stderr
     lanes = [line.split()[0] for line in done.stdout.splitlines()[-4:]]
     assert lanes == ["device", "link", "host", "memory"]
+
+
+def test_a_timeline_is_drawn_into_a_new_folder(run, tmp_path):
+    out = tmp_path / "new" / "picture.svg"
+    done = run("timeline.py", "--tokens", "1", "--layers", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert out.read_text().startswith("<?xml") and f"written to {out}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--layers", "-3"], "--layers is -3; choose 1 or more"),
+        (["--tokens", "0"], "--tokens is 0; choose 1 or more"),
+        (["--out", "line.txt"], "--out is line.txt; choose a name that ends in one of"),
+        (["--out", f"{__file__}/line.png"], f"[Errno 17] File exists: '{__file__}'"),
+        (["--out", "line.png"], "drawing needs matplotlib, which is not installed: pip install"),
+    ],
+)
+def test_a_timeline_is_refused_before_the_model_is_loaded(run, monkeypatch, options, message):
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setattr(moe_jax, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    done = run("timeline.py", *options)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}")
 
 
 def test_bench_measures_a_checkpoint_it_makes(run, tmp_path, monkeypatch):

@@ -65,7 +65,9 @@ def propose(residency, curves=CURVES, most=8, idle=None, arrived=None, **options
         mask = np.zeros(residency.used.shape, bool)
         mask[tuple(np.transpose(arrived))] = True
         arrived = mask
-    return propose_swaps(residency, swap_costs(curves), most, idle, arrived, **options)
+    return propose_swaps(
+        residency, swap_costs(curves, overlap=True), most, idle, arrived, **options
+    )
 
 
 def test_what_is_used_replaces_what_is_not():
@@ -103,6 +105,12 @@ def test_a_fill_must_pay_back(name):
     costs, idle, expected = PAYS[name]
     swaps = propose(after(start(), 3, [2]), make_curves(**costs), idle=idle)
     assert bool(swaps) == expected
+
+
+def test_the_engine_pays_for_both_ways():
+    both, one = (swap_costs(make_curves(stream=100.0), overlap) for overlap in (False, True))
+    assert (both.upload, one.upload) == (200.0, 100.0)
+    np.testing.assert_array_equal(both.saving, one.saving)
 
 
 def test_popularity_by_chance_is_not_paid_for():
