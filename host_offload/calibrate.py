@@ -44,11 +44,17 @@ class TimeBox:
 
 
 def seconds_of(
-    function: Callable[[], Any], repeats: int = 5, clock: Clock = time.perf_counter
+    function: Callable[[], Any],
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
+    pick: Callable[[list[float]], float] = median,
 ) -> float:
-    """The median wall-clock seconds of a call, its results awaited; the first call is not timed."""
+    """Wall-clock seconds of a call, its results awaited: the median, or what else is picked.
+
+    The first call is not timed.
+    """
     jax.block_until_ready(function())
-    return median(_once(function, clock) for _ in range(repeats))
+    return pick([_once(function, clock) for _ in range(repeats)])
 
 
 def time_beside(
@@ -167,7 +173,7 @@ def measure_transfers(
     start = time_beside(lambda _: fetch([(on_host,)]), baseline, box, seconds=0.05).median
     rotate = lambda i: fetch([tuple(item) for item in groups[i % len(groups)]])
     # Memory that the process never had before is slow to be had, which the first calls pay for.
-    whole = time_beside(rotate, baseline, box, repeats=(5, 25), untimed=4)
+    whole = time_beside(rotate, baseline, box, untimed=4)
     return fit_line((0, len(groups[0])), (start, whole.median))
 
 
@@ -199,12 +205,13 @@ def measure_read_rate(
     kind: MemoryKind = "device",
     repeats: int = 5,
     beside: Sequence[jax.Array] = (),
+    pick: Callable[[list[float]], float] = median,
 ) -> float:
     """Bytes per second at which memory of a kind is read by the processor beside it.
 
     The sum of a large array: by a device program or, for "pinned_host", by a host computation.
     Arrays in host memory, given as `beside`, are brought over the link in the same program, and
-    their bytes count.
+    their bytes count. The median of the repeats' seconds counts, or what else is picked of them.
     """
     array = jax.device_put(np.ones(size // 4, np.float32), sharding(kind))
     if kind == "device":
@@ -215,4 +222,4 @@ def measure_read_rate(
             compiler_options=compiler_options(),
         )
     read = array.nbytes + sum(other.nbytes for other in beside)
-    return read / seconds_of(lambda: total(array, tuple(beside)), repeats)
+    return read / seconds_of(lambda: total(array, tuple(beside)), repeats, pick=pick)

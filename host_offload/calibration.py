@@ -48,11 +48,11 @@ class Calibration:
       host: seconds on the host CPU, its arrays being in host memory.
       device: seconds on the device, its arrays being there.
       work_bytes: bytes of those arrays.
-      transfer: seconds to bring them over the link.
+      transfer: seconds to bring them to the device, over the link where there is one.
       link_latency: seconds to start doing so.
       host_launch: seconds for the round trip of a host call that does next to nothing.
       read_rate: bytes per second at which the host's memory is read, at most: by the host, and on
-        a GPU by the link beside it.
+        a GPU by the link beside it. No less than the work itself reached.
       spent: seconds that measuring took.
     """
 

@@ -1,7 +1,8 @@
 """Keeps calibrations between runs, as small JSON files in the user's cache folder.
 
 Knows what machine this is and how a calibration is written down, not what was timed. A file is
-believed only if all of it is what `write` would have written for this machine and this work.
+believed only if it is for this machine and this work, every number in it is possible, and its
+SHA-256 is the one that `write` put into it.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jaxlib.version
 
-from host_offload.calibration import Calibration, Curve
+from host_offload.calibration import SIZES, Calibration, Curve
 from host_offload.host_compute import compiler_options
 from host_offload.memory import host_memory_bytes
 from host_offload.processor import (
@@ -28,7 +29,7 @@ from host_offload.processor import (
 from host_offload.whole_file import write_whole_file
 
 # Part of every key: raise it when the file's fields change, or what they mean.
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "MOE_JAX_CACHE"
 _MOST_BYTES = 1 << 16
 _NUMBERS = ("transfer", "link_latency", "host_launch", "read_rate", "spent")
@@ -79,8 +80,7 @@ def machine_key() -> dict[str, Any]:
 
 def file_name(key: Key) -> str:
     """The name of the file, in the cache folder, that a calibration with this key is kept in."""
-    text = json.dumps(_plain(key), sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    return f"{_sha256(_plain(key))[:24]}.json"
 
 
 def read(path: Path, key: Key) -> Calibration | None:
@@ -108,8 +108,11 @@ def read(path: Path, key: Key) -> Calibration | None:
     if content.get("format") != FORMAT:
         raise ValueError(f"its format is {content.get('format')!r:.40}, not {FORMAT}")
     _check_key(content.get("key"), _plain(key))
-    _check_fields("the file", content, {"format", "key", "calibration"})
-    return _calibration(content["calibration"])
+    _check_fields("the file", content, {"format", "key", "calibration", "sha256"})
+    calibration = _calibration(content["calibration"])
+    if content["sha256"] != _content(key, calibration)["sha256"]:
+        raise ValueError("it was changed after it was written: its SHA-256 is another")
+    return calibration
 
 
 def write(path: Path, key: Key, calibration: Calibration) -> None:
@@ -117,8 +120,17 @@ def write(path: Path, key: Key, calibration: Calibration) -> None:
 
     Raises OSError if the folder cannot be made or written.
     """
+    text = json.dumps(_content(key, calibration), indent=1) + "\n"
+    write_whole_file(path, text.encode())
+
+
+def _content(key: Key, calibration: Calibration) -> dict[str, Any]:
     content = {"format": FORMAT, "key": _plain(key), "calibration": _record(calibration)}
-    write_whole_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    return content | {"sha256": _sha256(content)}
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(key: Key) -> dict[str, Any]:
@@ -146,31 +158,27 @@ def _record(calibration: Calibration) -> dict[str, Any]:
 def _calibration(record: Any) -> Calibration:
     numbers = set(_NUMBERS)
     _check_fields("calibration", record, numbers | {"sizes", "host", "device", "work_bytes"})
-    sizes = record["sizes"]
-    if not isinstance(sizes, list) or not 2 <= len(sizes) <= 64:
-        raise ValueError("sizes is no list of 2 to 64 numbers")
-    whole = [*sizes, record["work_bytes"]]
-    if not all(type(n) is int and 1 <= n <= 1 << 48 for n in whole):
-        raise ValueError("sizes and work_bytes must be whole numbers of at least 1")
-    if any(a >= b for a, b in itertools.pairwise(sizes)):
-        raise ValueError("sizes does not increase")
+    if record["sizes"] != list(SIZES):
+        raise ValueError(f"sizes holds {record['sizes']!r:.80}, not {list(SIZES)}")
+    if type(record["work_bytes"]) is not int or not 1 <= record["work_bytes"] <= 1 << 48:
+        raise ValueError("work_bytes must be a whole number of at least 1")
     for name in _NUMBERS:
         most = _HIGHEST_RATE if name == "read_rate" else _LONGEST_SECONDS
         _check_number(name, record[name], most, may_be_zero=name in _MAY_BE_ZERO)
     return Calibration(
-        sizes=tuple(sizes),
-        host=_curve("host", record["host"], len(sizes)),
-        device=_curve("device", record["device"], len(sizes)),
+        sizes=SIZES,
+        host=_curve("host", record["host"]),
+        device=_curve("device", record["device"]),
         work_bytes=record["work_bytes"],
         **{name: float(record[name]) for name in _NUMBERS},
     )
 
 
-def _curve(name: str, record: Any, length: int) -> Curve:
+def _curve(name: str, record: Any) -> Curve:
     _check_fields(name, record, {"seconds", "p90", "measured"})
     for field, values in record.items():
-        if not isinstance(values, list) or len(values) != length:
-            raise ValueError(f"{name}.{field} is no list of {length} values")
+        if not isinstance(values, list) or len(values) != len(SIZES):
+            raise ValueError(f"{name}.{field} is no list of {len(SIZES)} values")
     for field in ("seconds", "p90"):
         for value in record[field]:
             _check_number(f"{name}.{field}", value, _LONGEST_SECONDS)

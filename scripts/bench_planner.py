@@ -64,7 +64,9 @@ def plan_microseconds(experts: int, choices: int, tokens: int, plans: int, repea
                 if not planned:
                     return total + row.sum().astype(jnp.float32)
                 plan = plan_layer(row, resident, curves)
-                return total + plan.predicted + plan.lower_bound + plan.mode.sum().astype(jnp.float32)
+                return (
+                    total + plan.predicted + plan.lower_bound + plan.mode.sum().astype(jnp.float32)
+                )
 
             return jax.lax.fori_loop(0, plans, body, jnp.float32(0))
 

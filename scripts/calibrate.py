@@ -91,7 +91,7 @@ def text(result: dict[str, Any]) -> str:
         f"host memory  read at {result['read_bytes_per_second'] / 1e9:.1f} GB/s",
         f"link         {result['link_bytes_per_second'] / 1e9:.1f} GB/s, starting takes "
         f"{result['link_latency'] * 1e6:.0f} µs"
-        + (" (a copy in memory)" if result["backend"] == "cpu" else ""),
+        + (" (none here: what streaming takes)" if result["backend"] == "cpu" else ""),
         f"host call    {result['host_launch'] * 1e6:.0f} µs",
         "",
         f"{'tokens':>6} {'host ms':>9} {'p90':>9} {'GB/s':>7} {'of limit':>8} "

@@ -5,7 +5,7 @@ as in a decode step of so many sequences, more of them as in a prefill chunk.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ _MOST_DECODED = 16
 _CHUNK = SIZES[-1]
 _FEWEST_CALLS = 4
 # Raise it when what is timed changes: the programs, the blocks, how experts rotate.
-_PROGRAMS = 8
+_PROGRAMS = 9
 _TOLERANCE = 0.25
 _TIMER_NOISE = 20e-6
 _PROBES = 3
@@ -81,6 +81,7 @@ class ExpertTiming:
         self.groups = max(1, -(-wanted // self.group))
         self._host_program = self._compiled(self._run_on_host)
         self._device_program = self._compiled(self._run_resident)
+        self._stream_program = jax.jit(self._run_streamed, compiler_options=compiler_options())
 
     def _compiled(self, run: Callable) -> Callable:
         """The program, as the steps have it that these tokens stand for."""
@@ -109,7 +110,7 @@ class ExpertTiming:
     def measure(self, progress: bool = False, box: TimeBox | None = None) -> Calibration:
         """Times everything, the most important first, until the box is spent."""
         box = box or TimeBox(SECONDS)
-        with progress_bar(3 + 2 * len(_ORDER), "calibrating", "step", progress) as bar:
+        with progress_bar(4 + 2 * len(_ORDER), "calibrating", "step", progress) as bar:
 
             def step(measure: Callable[[], Any]) -> Any:
                 result = measure()
@@ -118,6 +119,7 @@ class ExpertTiming:
 
             host, device = self._on_host(), self._on_device()
             latency, transfer = step(lambda: self._time_transfers(host, box))
+            streamed = step(lambda: self._time_streamed(host, box))
             launch = step(lambda: measure_host_launch(box))
             rate = step(_read_rate)
             programs = {
@@ -143,36 +145,47 @@ class ExpertTiming:
         def curve(place: str) -> Curve:
             return curve_of(SIZES, {size: time for (at, size), time in done.items() if at == place})
 
+        on_host, on_device = curve("host"), curve("device")
         return Calibration(
             sizes=SIZES,
-            host=curve("host"),
-            device=curve("device"),
+            host=on_host,
+            device=on_device,
             work_bytes=self.bytes,
-            transfer=transfer,
+            transfer=max(transfer, streamed - on_device.seconds[0]),
             link_latency=latency,
             host_launch=launch,
-            read_rate=rate,
+            # Taken in a slower moment, the rate would forbid what an expert has just reached.
+            read_rate=max(rate, self.bytes / on_host.seconds[0]),
             spent=box.spent,
         )
 
     def differs(self, kept: Calibration) -> str | None:
-        """Says how one token on the host or one transfer differs from a kept calibration.
+        """Says how a kept calibration differs from what is timed now; None if they agree.
 
-        None if they agree. On a busy machine it takes three disagreements in a row.
+        Timed are one token on the host, many on the device and, where there is a link, one
+        transfer. On a busy machine it takes three disagreements in a row.
         """
-        host = self._on_host()
+        if kept.work_bytes != self.bytes:
+            return f"the kept calibration is of {kept.work_bytes} bytes, not {self.bytes}"
+        host, device = self._on_host(), self._on_device()
         box = TimeBox(SECONDS)
-        size = kept.sizes[0]
-        probes: Mapping[str, tuple[float, Callable[[], float]]] = {
-            f"an expert with {size} token on the host": (
-                kept.host.seconds[0],
-                lambda: self._time(self._host_program, host, box, size).median,
+        few, many = _ORDER[:2]
+        probes: dict[str, tuple[float, Callable[[], float]]] = {
+            f"an expert with {few} token on the host": (
+                kept.host.seconds[SIZES.index(few)],
+                lambda: self._time(self._host_program, host, box, few).median,
             ),
-            "bringing an expert over the link": (
-                kept.transfer,
-                lambda: self._time_transfers(host, box)[1],
+            f"an expert with {many} tokens on the device": (
+                kept.device.seconds[SIZES.index(many)],
+                lambda: self._time(self._device_program, device, box, many).median,
             ),
         }
+        # On the CPU backend a copy takes longer in memory that the process never had before.
+        if jax.default_backend() != "cpu":
+            probes["bringing an expert over the link"] = (
+                kept.transfer,
+                lambda: self._time_transfers(host, box)[1],
+            )
         for name, (expected, probe) in probes.items():
             off = _disagreements(probe, expected)
             if len(off) == _PROBES:
@@ -205,7 +218,17 @@ class ExpertTiming:
     ) -> tuple[float, float]:
         return measure_transfers([group[: self.distinct] for group in groups], box)
 
-    def _time(self, program, groups, box: TimeBox, size: int) -> Timing:
+    def _time_streamed(self, groups: list[tuple[Expert | Int8Expert, ...]], box: TimeBox) -> float:
+        """Seconds of a streamed expert of one token where nothing overlaps; elsewhere 0.
+
+        There the model's program takes many times as long as the copy alone.
+        """
+        if jax.default_backend() != "cpu":
+            return 0.0
+        # Of huge experts every repeat takes a second.
+        return self._time(self._stream_program, groups, box, SIZES[0], fewest=1).median
+
+    def _time(self, program, groups, box: TimeBox, size: int, fewest: int = 3) -> Timing:
         """Times one expert with `size` tokens."""
         tokens = _CHUNK if size > _MOST_DECODED else size * self.group
         experts = min(self.group, tokens // size)
@@ -215,7 +238,10 @@ class ExpertTiming:
         busy = [self._dispatch(tokens, size, first, experts) for first in range(self.group)]
         run = lambda i, where: program(groups[i % len(groups)], x, where)
         timing = time_beside(
-            lambda i: run(i, busy[i // len(groups) % self.group]), lambda i: run(i, idle), box
+            lambda i: run(i, busy[i // len(groups) % self.group]),
+            lambda i: run(i, idle),
+            box,
+            repeats=(fewest, 25),
         )
         return timing.scaled(1 / experts)
 
@@ -246,6 +272,16 @@ class ExpertTiming:
         layer = LayerExperts(experts, (), address)
         return run_experts(layer, rows, where, mode, self.activation, rounded=rounded)
 
+    def _run_streamed(
+        self,
+        experts: tuple[Expert | Int8Expert, ...],
+        rows: Float[Array, "rows embed"],
+        where: Dispatch,
+    ) -> Float[Array, "rows embed"]:
+        mode = jnp.where(where.counts > 0, Mode.STREAM.value, Mode.IDLE.value)
+        layer = LayerExperts((), experts, jnp.arange(self.group, dtype=jnp.int32))
+        return run_experts(layer, rows, where, mode, self.activation)
+
     def _run_on_host(
         self,
         experts: tuple[Expert | Int8Expert, ...],
@@ -259,12 +295,12 @@ class ExpertTiming:
 
 def _read_rate() -> float:
     """Of host memory; where the link works beside the host, both together may read more."""
-    rate = measure_read_rate(_READ_BYTES, "pinned_host", repeats=3)
+    read = functools.partial(measure_read_rate, _READ_BYTES, "pinned_host", repeats=3, pick=min)
     if jax.default_backend() != "gpu":
-        return rate
+        return read()
     # A share that the link has brought over before the host is through.
     beside = random_arrays([(_READ_BYTES // 8,)], np.int8, "pinned_host")
-    return max(rate, measure_read_rate(_READ_BYTES, "pinned_host", repeats=3, beside=beside))
+    return max(read(), read(beside=beside))
 
 
 def _disagreements(probe: Callable[[], float], expected: float) -> list[float]:

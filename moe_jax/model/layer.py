@@ -194,8 +194,8 @@ def route_layer(
     by_expert = jnp.zeros(config.moe.num_experts).at[chosen].add(by_expert)
     plan = replace(plan, mode=mode[address])
     tally = tally.after_experts(plan, where.counts[address], by_expert)
-    streams, missing = (mode == Mode.STREAM).sum(), (mode >= Mode.STREAM).sum()
-    has_time = link_has_time(plan.predicted, streams, missing, curves)
+    streamed, hosted = mode == Mode.STREAM.value, mode == Mode.HOST.value
+    has_time = link_has_time(plan.predicted, streamed, streamed | hosted, curves)
     routed = Routed(normed=x, gates=gates, where=where, mode=mode, link_has_time=has_time)
     return routed, tally
 

@@ -46,18 +46,18 @@ def guess_missing(
 
 def link_has_time(
     predicted: Float[Array, ""],
-    streams: Int[Array, ""],
-    missing: Int[Array, ""],
+    streamed: Bool[Array, " experts"],
+    missing: Bool[Array, " experts"],
     curves: CostCurves,
 ) -> Bool[Array, ""]:
     """Whether one expert more can come while a layer runs that takes `predicted` seconds.
 
-    The link must have time beside the `streams` it brings, and host memory beside all the
-    `missing` experts that are read from it, streamed or on the host.
+    The link must have time beside the `streamed` experts it brings, and host memory beside all the
+    `missing` ones that are read from it, streamed or on the host.
     """
-    busy = jnp.where(streams > 0, streams.astype(jnp.float32) * curves.stream, 0)
+    busy = jnp.where(streamed, curves.stream, 0).sum()
     link = curves.link_latency + busy + curves.stream
-    memory = (missing + 1).astype(jnp.float32) * curves.memory
+    memory = (missing.sum(dtype=jnp.float32) + 1) * curves.memory
     return jnp.isfinite(curves.stream) & (jnp.maximum(link, memory) <= predicted)
 
 

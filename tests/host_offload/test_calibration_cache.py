@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from host_offload.calibration import Calibration, Curve
+from host_offload.calibration import SIZES, Calibration, Curve
 from host_offload.calibration_cache import cache_folder, file_name, machine_key, read, write
 
 KEY = {"cpu": "one", "shapes": ((2, 3), (3, 1)), "cores": 2}
-CURVE = Curve(seconds=(0.1, 0.2), p90=(0.2, 0.2), measured=(True, False))
+SECONDS = tuple(0.1 * size for size in SIZES)
+CURVE = Curve(seconds=SECONDS, p90=SECONDS, measured=(True, False) * 5)
 FOUND = Calibration(
-    sizes=(1, 2),
+    sizes=SIZES,
     host=CURVE,
     device=CURVE,
     work_bytes=1000,
@@ -67,9 +68,9 @@ def test_every_prefix_of_a_file_is_refused(kept):
         (b"[" * 60_000, "not JSON"),
         (b" " * 100_000, "more than 65536 bytes"),
         (b"[1, 2]", "holds no object"),
-        (b"{}", "format is None, not 1"),
-        (b'{"format": 2}', "format is 2, not 1"),
-        (b'{"format": 1}', "does not say what it was measured on"),
+        (b"{}", "format is None, not 2"),
+        (b'{"format": 1}', "format is 1, not 2"),
+        (b'{"format": 2}', "does not say what it was measured on"),
     ],
 )
 def test_files_of_another_kind_are_refused(kept, content, message):
@@ -95,28 +96,70 @@ def test_a_calibration_of_something_else_is_refused_by_name(kept):
     [
         ("more", 1, "the file must have the fields"),
         ("calibration", [], "calibration must have the fields"),
-        ("calibration__sizes", [1], "sizes is no list of 2 to 64 numbers"),
-        ("calibration__sizes", [1, 1], "sizes does not increase"),
-        ("calibration__sizes", [1, 2.5], "whole numbers of at least 1"),
-        ("calibration__sizes", [True, 2], "whole numbers of at least 1"),
-        ("calibration__work_bytes", 0, "whole numbers of at least 1"),
+        ("calibration__sizes", [1, 512], r"sizes holds \[1, 512\], not \[1, 2, 4, 8"),
+        ("calibration__sizes", [2 * size for size in SIZES], r"sizes holds \[2, 4, 8"),
+        ("calibration__sizes", None, "sizes holds None"),
+        ("calibration__work_bytes", 0, "a whole number of at least 1"),
+        ("calibration__work_bytes", 2.5, "a whole number of at least 1"),
         ("calibration__transfer", 0, "transfer holds 0"),
         ("calibration__transfer", "0.5", "transfer holds '0.5'"),
         ("calibration__read_rate", 10**400, "read_rate holds 1000"),
         ("calibration__read_rate", float("inf"), "read_rate holds inf"),
         ("calibration__host_launch", -1e-6, "host_launch holds -1e-06"),
-        ("calibration__host__seconds", [0.1], "host.seconds is no list of 2 values"),
-        ("calibration__host__seconds", [0.2, 0.1], "host.seconds falls"),
-        ("calibration__host__seconds", [0.1, float("nan")], "host.seconds holds nan"),
-        ("calibration__host__seconds", [0.0, 0.1], "host.seconds holds 0.0"),
-        ("calibration__device__p90", [0.05, 0.2], "device.p90 lies below the median"),
-        ("calibration__device__measured", [1, 1], "something besides true and false"),
+        ("calibration__host__seconds", [0.1], "host.seconds is no list of 10 values"),
+        ("calibration__host__seconds", SECONDS[::-1], "host.seconds falls"),
+        ("calibration__host__seconds", [*SECONDS[:9], float("nan")], "host.seconds holds nan"),
+        ("calibration__host__seconds", [0.0, *SECONDS[1:]], "host.seconds holds 0.0"),
+        ("calibration__device__p90", [0.05, *SECONDS[1:]], "device.p90 lies below the median"),
+        ("calibration__device__measured", [1] * 10, "something besides true and false"),
         ("calibration__device", {"seconds": []}, "device must have the fields"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(kept, field, value, message):
     change(kept, **{field: value})
     with pytest.raises(ValueError, match=message):
+        read(kept, KEY)
+
+
+def times(factor, curve=CURVE):
+    return {
+        "seconds": [factor * s for s in curve.seconds],
+        "p90": [factor * s for s in curve.p90],
+        "measured": curve.measured,
+    }
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("work_bytes", 1),
+        ("read_rate", 1e12),
+        ("host_launch", 100.0),
+        ("link_latency", 1e-9),
+        ("transfer", 0.4),
+        ("spent", 2.0),
+        ("device", times(1000)),
+        ("device", times(0.001)),
+        ("host__p90", [2 * s for s in SECONDS]),
+        ("host__measured", [True] * 10),
+    ],
+)
+def test_numbers_that_could_be_but_were_not_written_are_refused(kept, field, value):
+    change(kept, **{f"calibration__{field}": value})
+    with pytest.raises(ValueError, match="its SHA-256 is another"):
+        read(kept, KEY)
+
+
+def test_a_calibration_moved_into_the_file_of_another_machine_is_refused(kept):
+    change(kept, key={**KEY, "cores": 4})
+    with pytest.raises(ValueError, match="its SHA-256 is another"):
+        read(kept, KEY | {"cores": 4})
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 64, 5])
+def test_another_digest_is_refused(kept, digest):
+    change(kept, sha256=digest)
+    with pytest.raises(ValueError, match="its SHA-256 is another"):
         read(kept, KEY)
 
 

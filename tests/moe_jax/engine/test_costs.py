@@ -126,7 +126,8 @@ def from_another_machine(text):
     [
         (lambda text: text[: len(text) // 2], "not JSON, or not all of it"),
         (lambda text: text + " " * 70_000, "more than 65536 bytes"),
-        (lambda text: text.replace('"format": 1', '"format": 99'), "format is 99, not 1"),
+        (lambda text: text.replace('"format": 2', '"format": 99'), "format is 99, not 2"),
+        (lambda text: text.replace('"read_rate": 4', '"read_rate": 5'), "its SHA-256 is another"),
         (from_another_machine, "measured with cpu 'another'"),
     ],
 )

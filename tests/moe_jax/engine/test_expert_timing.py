@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,20 +39,21 @@ def test_without_time_the_essential_is_measured(measured):
         assert each.measured == tuple(size in (1, 64) for size in SIZES)
         assert all(0 < a <= b for a, b in zip(each.seconds, each.seconds[1:], strict=False))
     assert 0 < found.transfer < 1 and found.read_rate > 1e7
+    assert found.work_bytes / found.read_rate <= found.host.seconds[0]
 
 
 def test_shares_of_huge_experts_that_would_not_end_in_time_are_left_out(config, monkeypatch):
     now = [0.0]
 
-    def one_second(*_):
+    def one_second(*_, **__):
         now[0] += 1.0
         return expert_timing.Timing(median=2.0, p90=2.0)  # four calls of 512 tokens take 64 s
 
     timing = ExpertTiming(config, FLOAT32)
     monkeypatch.setattr(timing, "_time", one_second)
-    found = timing.measure(box=TimeBox(38.0, lambda: now[0]))
+    found = timing.measure(box=TimeBox(39.0, lambda: now[0]))
     assert found.host.measured == tuple(size not in (256, 512) for size in SIZES)
-    assert found.spent == 16
+    assert found.spent == 17
 
 
 def test_measured_calibrations_can_be_kept(measured, tmp_path):
@@ -66,44 +68,92 @@ def test_probes_tell_a_calibration_of_a_faster_machine(measured):
     assert "1 token on the host takes" in timing.differs(replace(found, host=faster))
 
 
+def test_a_calibration_of_other_experts_is_told_without_a_probe(measured):
+    timing, found = measured
+    assert "is of 1 bytes, not 2304" in timing.differs(replace(found, work_bytes=1))
+
+
 @pytest.fixture
 def probed(measured, monkeypatch):
     """What the probes find, in their order."""
 
-    def probed(host, link):
-        times = {"host": iter(host), "link": iter(link)}
-        timing_of = lambda seconds: expert_timing.Timing(median=seconds, p90=seconds)
-        timing = measured[0]
-        monkeypatch.setattr(timing, "_time", lambda *_: timing_of(next(times["host"])))
-        monkeypatch.setattr(
-            expert_timing, "measure_transfers", lambda *_: (0.0, next(times["link"]))
-        )
-        return timing.differs(FOUND)  # 4 s on the host, 0.5 s over the link
+    def probed(host, device, link, backend="gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        timing, link = measured[0], iter(link)
+        places = {timing._host_program: iter(host), timing._device_program: iter(device)}
+
+        def time(program, *_):
+            seconds = next(places[program])
+            return expert_timing.Timing(median=seconds, p90=seconds)
+
+        monkeypatch.setattr(timing, "_time", time)
+        monkeypatch.setattr(expert_timing, "measure_transfers", lambda *_: (0.0, next(link)))
+        # 4 s on the host, 65 s on the device, 0.5 s over the link
+        return timing.differs(replace(FOUND, work_bytes=timing.bytes))
 
     return probed
 
 
 @pytest.mark.parametrize(
-    "host, link",
+    "host, device, link",
     [
-        ((4.9,), (0.4,)),
-        ((9.0, 9.0, 4.1), (0.5,)),  # the machine was busy at first
-        ((4.0,), (5.0, 5.0, 0.6)),
+        ((4.9,), (60.0,), (0.4,)),
+        ((9.0, 9.0, 4.1), (65.0,), (0.5,)),  # the machine was busy at first
+        ((4.0,), (90.0, 90.0, 70.0), (0.5,)),
+        ((4.0,), (65.0,), (5.0, 5.0, 0.6)),
     ],
 )
-def test_one_agreement_is_enough(probed, host, link):
-    assert probed(host, link) is None
+def test_one_agreement_is_enough(probed, host, device, link):
+    assert probed(host, device, link) is None
 
 
 @pytest.mark.parametrize(
-    "host, link, message",
+    "host, device, link, message",
     [
-        ((9.0, 9.0, 6.0), (), "on the host takes 6e+03 ms, 1.50 times"),
-        ((4.0,), (0.1, 0.1, 0.25), "over the link takes 250 ms, 0.50 times"),
+        ((9.0, 9.0, 6.0), (), (), "on the host takes 6e+03 ms, 1.50 times"),
+        ((4.0,), (0.065, 0.065, 0.065), (), "on the device takes 65 ms, 0.00 times"),
+        ((4.0,), (65.0,), (0.1, 0.1, 0.25), "over the link takes 250 ms, 0.50 times"),
     ],
 )
-def test_three_disagreements_are_believed(probed, host, link, message):
-    assert message in probed(host, link)
+def test_three_disagreements_are_believed(probed, host, device, link, message):
+    assert message in probed(host, device, link)
+
+
+def test_without_a_link_none_is_probed(probed):
+    assert probed((4.0,), (65.0,), (), backend="cpu") is None
+
+
+@pytest.fixture
+def scripted(config, monkeypatch):
+    """A calibration in which everything takes what a test says."""
+
+    def scripted(backend, copy=0.5, streamed=3.0, host=2.0, rate=1e3):
+        timing = ExpertTiming(config, FLOAT32)
+        seconds = {timing._host_program: host, timing._stream_program: streamed}
+
+        def time(program, *_, **__):
+            median = seconds.get(program, 1.0)  # on the device
+            return expert_timing.Timing(median=median, p90=median)
+
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(timing, "_time", time)
+        monkeypatch.setattr(expert_timing, "measure_transfers", lambda *_: (0.0, copy))
+        monkeypatch.setattr(expert_timing, "measure_host_launch", lambda *_: 0.0)
+        monkeypatch.setattr(expert_timing, "measure_read_rate", lambda *_, **__: rate)
+        return timing.measure()
+
+    return scripted
+
+
+def test_without_a_link_a_transfer_is_what_the_program_takes_longer(scripted):
+    assert scripted("cpu").transfer == 2.0
+    assert scripted("cpu", streamed=1.1).transfer == 0.5  # noise: it copies as well
+    assert scripted("gpu").transfer == 0.5
+
+
+def test_the_read_limit_is_no_less_than_what_an_expert_reached(scripted):
+    assert scripted("cpu", host=4.0, rate=1e3).read_rate == 1e3
+    assert scripted("cpu", host=2.0, rate=1e3).read_rate == 2304 / 2.0
 
 
 @pytest.mark.parametrize("size", [1, 4, 64, 512])
@@ -115,17 +165,19 @@ def test_what_is_timed_are_experts(config, monkeypatch, size, group):
     assert timing.group == group
     seen = []
 
-    def time_beside(function, baseline, box):
+    def time_beside(function, baseline, box, repeats):
         seen.append((function(1), baseline(1)))
         return expert_timing.Timing(median=1.0, p90=1.0)
 
     monkeypatch.setattr(expert_timing, "time_beside", time_beside)
     on_host, on_device = timing._on_host(), timing._on_device()
     timing._time(timing._host_program, on_host, TimeBox(1.0), size)
+    timing._time(timing._stream_program, on_host, TimeBox(1.0), size)
     result = timing._time(timing._device_program, on_device, TimeBox(1.0), size)
-    (host, idle_host), (device, idle_device) = seen
+    (host, idle_host), (streamed, idle_streamed), (device, idle_device) = seen
     assert_close(host, device)
-    assert not idle_host.any() and not idle_device.any()
+    assert_close(streamed, device)
+    assert not idle_host.any() and not idle_streamed.any() and not idle_device.any()
     experts = round(1 / result.median)
     used = experts * size  # their blocks follow one another
     assert host[:used].any(axis=1).all() and not host[used:].any()
@@ -140,7 +192,8 @@ def test_experts_in_int8_are_timed_as_such(config, monkeypatch):
     assert timing.key != ExpertTiming(config, FLOAT32).key
     groups = timing._on_host()
     assert {part.dtype.name for part in groups[0][0]} == {"int8", "float32"}
-    assert timing._time(timing._host_program, groups, TimeBox(0.0), 4).median > 0
+    for program in (timing._host_program, timing._stream_program):
+        assert timing._time(program, groups, TimeBox(0.0), 4).median > 0
 
 
 def test_experts_rotate_until_caches_are_exceeded_or_the_model_is_whole(config, monkeypatch):
