@@ -125,7 +125,8 @@ class Runner:
 
         An interrupt is delivered when both are where they belong.
 
-        Raises ValueError if one of them is not where it must be.
+        Raises ValueError if one of them is not where it must be, and what JAX raises if memory runs
+        out; both are then where they were.
         """
         served = self.model.layers[layer]
         if served.experts is None:

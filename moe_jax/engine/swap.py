@@ -17,8 +17,9 @@ from moe_jax.model.int8 import Int8Expert
 def swap_experts(experts: LayerExperts, incoming: int, outgoing: int) -> LayerExperts:
     """DONATES a bank of resident experts. The layer after two experts have changed places.
 
-    Everything that can fail or take long happens before the bank is given up; hold interrupts
-    from here until the result is stored.
+    Both experts are at their new places, and the new addresses too, before the bank is given up:
+    what raises before then leaves the layer as it was. Hold interrupts from here until the result
+    is stored.
 
     Args:
       experts: the layer.
@@ -27,6 +28,7 @@ def swap_experts(experts: LayerExperts, incoming: int, outgoing: int) -> LayerEx
 
     Raises:
       ValueError: one of them is not where it must be, or there is no such expert.
+      RuntimeError: of JAX, if memory runs out on either side.
     """
     address = np.asarray(experts.address).copy()
     for expert in (incoming, outgoing):
@@ -48,8 +50,7 @@ def swap_experts(experts: LayerExperts, incoming: int, outgoing: int) -> LayerEx
     new_address = jax.device_put(address, sharding("device"))
     jax.block_until_ready((arriving, host[entry], new_address))
     if isinstance(experts.resident, ExpertBank):
-        parts = zip(experts.resident, arriving, strict=True)
-        resident = ExpertBank(*(store_in_bank(bank, array, slot) for bank, array in parts))
+        resident = store_expert(experts.resident, arriving, slot)
     else:
         resident = (*experts.resident[:slot], arriving, *experts.resident[slot + 1 :])
     return LayerExperts(resident=resident, host=tuple(host), address=new_address)
@@ -61,6 +62,17 @@ def store_in_bank(
 ) -> Float[Array, "slots out in"]:
     """DONATES bank. Writes one expert into its slot."""
     return bank.at[slot].set(array)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def store_expert(bank: ExpertBank, expert: Expert, slot: int | Int[Array, ""]) -> ExpertBank:
+    """DONATES bank. Writes an expert into its slot.
+
+    One call, and in place: it is refused as a whole, while the bank is still there, or it needs no
+    memory that it could lack.
+    """
+    parts = zip(bank, expert, strict=True)
+    return ExpertBank(*(held.at[slot].set(array) for held, array in parts))
 
 
 def violations(experts: LayerExperts) -> list[str]:

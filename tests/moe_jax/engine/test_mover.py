@@ -1,6 +1,7 @@
 """Experts that change places while text is written: the text stays the same."""
 
 import dataclasses
+import re
 import signal
 
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import pytest
 
 import moe_jax
 from moe_jax.engine import runner as runner_module
+from moe_jax.engine import swap as swap_module
 from moe_jax.engine.sizing import device_memory_for
-from moe_jax.engine.swap import violations
-from moe_jax.placement import residency as residency_module
+from moe_jax.engine.swap import swap_experts, violations
 from moe_jax.placement.planner import plan_layer
 from moe_jax.placement.policies import POLICIES
 from tests.tolerances import assert_close
@@ -91,33 +92,49 @@ def test_no_swap_is_allowed(tiny):
     assert engine.stats.swapped == 0
 
 
-@pytest.mark.parametrize(
-    "module, name", [(runner_module, "swap_experts"), (residency_module, "replace")]
-)
-def test_an_interrupt_during_a_swap_loses_nothing(tiny, expected, module, name, monkeypatch):
+def test_an_interrupt_during_a_swap_loses_nothing(tiny, expected, monkeypatch):
     engine = load(tiny, "lru", max_swaps=2)
-    original, swapping = getattr(module, name), engine._loop.runner.swap
-    inside = []
 
-    def swap(*arguments):
-        inside.append(True)
-        swapping(*arguments)
-
-    def interrupted(*arguments, **named):
-        if inside:
-            inside.clear()
-            signal.raise_signal(signal.SIGINT)
-        return original(*arguments, **named)
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return swap_experts(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._loop.runner, "swap", swap)
-        patch.setattr(module, name, interrupted)
+        patch.setattr(runner_module, "swap_experts", interrupted)
         with pytest.raises(KeyboardInterrupt):
             greedy(engine)
     assert engine.stats.swapped == 1
     arrays, believed = residents(engine)
     assert arrays == believed
     assert greedy(engine) == expected[0]
+
+
+@pytest.mark.parametrize("layout, name", [("separate", "to_device"), ("bank", "store_expert")])
+def test_a_swap_without_memory_ends_no_request(
+    tiny, expected, layout, name, request, monkeypatch, caplog
+):
+    """It is logged, and swaps begin again after a while."""
+    if layout == "bank":
+        request.getfixturevalue("banks")
+    engine = load(tiny, "lru", max_swaps=2)
+
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swap_module, name, full)
+        assert greedy(engine) == expected[0]
+    assert (engine._observer.mover.failures, engine.stats.swapped) == (1, 0)
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"in layer \d expert \d could not replace expert \d, and both stay where they are; there "
+        "are no swaps for 64 steps: RESOURCE_EXHAUSTED: Out of memory",
+        record.getMessage(),
+    )
+    assert greedy(engine) == expected[0]
+    assert engine.stats.swapped > 0
+    arrays, believed = residents(engine)
+    assert arrays == believed
 
 
 def test_a_user_may_bring_a_planner_that_cannot_change_the_result(tiny, expected):
