@@ -2,9 +2,10 @@
 
 Every part is a process of its own with a share of the time that is left, so that a crash or a hang
 ends only itself. Writes gpu_check.json, gpu_check.md, the tables of tiles and the tests' output
-into --out. Needs jax, flax, numpy, jaxtyping and pytest; the last part, a model that does not fit,
-needs what moe_jax needs, and 12 GB of disk for a while; with torch, transformers and accelerate
-it measures these too.
+into --out. Needs jax, flax, numpy, jaxtyping and pytest; the last part, orchestration, which is a
+model that does not fit, needs what moe_jax needs, and 3 GB of disk for each layer for a while; with
+torch, transformers and accelerate it measures these too. Layers are as many as the time allows:
+--only orchestration --minutes 25 gives that part more.
 """
 
 import argparse
@@ -24,15 +25,17 @@ from typing import Any
 from kernel_bench.report import (
     benchmark_table,
     markdown_table,
-    offload_table,
     today,
     versions,
     write_json,
 )
+from offload_bench.table import TIME_IS_OVER, offload_table, unmeasured
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 OPERATIONS = ("paged_attention", "grouped_matmul")
+# The first word of every part's name.
+KINDS = ("tests", "tune", "bench", "orchestration")
 _PROBE = "import jax; d = jax.devices()[0]; print('DEVICE', d.platform, d.device_kind, sep='|')"
 _PROBE_SECONDS = 60
 # What a part needs to finish what it has begun when its own time is over.
@@ -165,8 +168,19 @@ def _run_until_it_ends_well(part: Part, seconds: float) -> list[Outcome]:
     return outcomes
 
 
-def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
-    """Returns tests, tuning and benchmarks; one process per operation."""
+def plan_parts(
+    out: Path,
+    scratch: Path,
+    dry_run: bool,
+    only: Sequence[str] = KINDS,
+    orchestration: Sequence[str] = (),
+) -> list[Part]:
+    """Returns tests, tuning and benchmarks; one process per operation.
+
+    Args:
+      only: the kinds of parts that are wanted.
+      orchestration: options of that part, in place of what it would choose.
+    """
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-o", "addopts="]
     tests += ["--strict-markers", "--import-mode=importlib", "--continue-on-collection-errors"]
@@ -194,23 +208,21 @@ def plan_parts(out: Path, scratch: Path, dry_run: bool) -> list[Part]:
             Part(name=f"bench {operation}", command=command, weight=2, resume=["--resume"])
         )
     command = [python, str(SCRIPTS / "bench_offload.py"), "--seconds", "{seconds}"]
-    command += ["--out", str(scratch / "offload.json")]
-    command += ["--checkpoint", str(scratch / "checkpoint")]
+    command += ["--out", str(scratch / "orchestration.json")]
+    command += ["--checkpoint", str(scratch / "checkpoint"), "--repeats"]
     if dry_run:
-        command += ["--shape", "mixtral_0.8b", "--layers", "1", "--device-memory", "250MB"]
-        command += ["--ways", "host", "--prefill", "8", "--decode", "2", "--repeats", "1"]
-        command += ["--beams", "2"]
-    else:  # what says most comes first: time may run out
-        ways = ["plan", "driven", "stream", "transformers", "host", "fiddler", "halves"]
-        command += ["--ways", *ways, "--repeats", "2"]
-    parts.append(Part(name="offload", command=command, weight=4))
-    return parts
+        command += ["1", "--shape", "mixtral_0.8b", "--layers", "1", "--device-memory", "250MB"]
+        command += ["--ways", "host", "--prefill", "8", "--decode", "2", "--beams", "2"]
+    else:
+        command += ["2"]
+    parts.append(Part(name="orchestration", command=[*command, *orchestration], weight=4))
+    return [part for part in parts if part.name.split()[0] in only]
 
 
 def collect(out: Path, scratch: Path, tables: Path, device: str, started: float) -> dict[str, Any]:
     """Gathers what the parts left behind; copies the tables of tiles."""
     result: dict[str, Any] = {"benchmarks": {}, "tables": [], "unreadable": []}
-    for name in (*OPERATIONS, "offload"):
+    for name in (*OPERATIONS, "orchestration"):
         file = scratch / f"{name}.json"
         if file.exists():
             try:
@@ -218,8 +230,8 @@ def collect(out: Path, scratch: Path, tables: Path, device: str, started: float)
             except json.JSONDecodeError as error:
                 result["unreadable"].append(f"{file.name}: {error}")
                 continue
-            if name == "offload":
-                result["offload"] = read
+            if name == "orchestration":
+                result["orchestration"] = read
             else:
                 result["benchmarks"][name] = read
     for operation in OPERATIONS:
@@ -241,7 +253,7 @@ def report(outcomes: Sequence[Outcome], result: dict[str, Any]) -> str:
         for outcome in outcomes
     ]
     lines = [
-        f"# Kernels on {result['device']}, {result['date']}",
+        f"# Check of {result['device']}, {result['date']}",
         "",
         f"{environment}. Command: `{result['command']}`",
         "",
@@ -249,10 +261,16 @@ def report(outcomes: Sequence[Outcome], result: dict[str, Any]) -> str:
     ]
     for operation, benchmark in result["benchmarks"].items():
         lines += ["", f"## {operation}", "", benchmark_table(benchmark)]
-    if offload := result.get("offload"):
-        lines += ["", "## offload", "", offload_table(offload)]
-    missing = [name for name in OPERATIONS if name not in result["benchmarks"]]
-    lines += [f"\nNo benchmark of {name} came back." for name in missing]
+    if measured := result.get("orchestration"):
+        lines += ["", "## orchestration", "", offload_table(measured)]
+        if any(TIME_IS_OVER in reason for _, reason in unmeasured(measured)):
+            lines += ["", "With more time: `--only orchestration --minutes 25`"]
+    asked = result.get("asked", KINDS)
+    if "bench" in asked:
+        missing = [name for name in OPERATIONS if name not in result["benchmarks"]]
+        lines += [f"\nNo benchmark of {name} came back." for name in missing]
+    if "orchestration" in asked and not measured:
+        lines += ["\nNo result of the orchestration came back."]
     return "\n".join(lines) + "\n"
 
 
@@ -284,6 +302,13 @@ def main() -> int:
     add = parser.add_argument
     add("--out", required=True, help="folder for the results")
     add("--minutes", type=float, default=7.5, help="time for everything (7.5)")
+    add("--only", nargs="+", choices=KINDS, default=list(KINDS), help="parts to run (all)")
+    add(
+        "--layers",
+        type=int,
+        help="of the model that does not fit (as many as memory, disk and time allow)",
+    )
+    add("--device-memory", help="its device budget (24GB, or what the device has)")
     add("--dry-run", action="store_true", help="tiny shapes on any backend, to try the script")
     arguments = parser.parse_args()
     started, clock = time.time(), time.monotonic()
@@ -306,11 +331,20 @@ def main() -> int:
     def write(outcomes: Sequence[Outcome]) -> None:
         result = collect(out, scratch, tables, kind, started)
         result["command"] = " ".join(["python", *sys.argv])
+        result["asked"] = arguments.only
         result["parts"] = [vars(outcome) for outcome in outcomes]
         write_json(out / "gpu_check.json", result)
         (out / "gpu_check.md").write_text(report(outcomes, result))
 
-    outcomes = run_parts(plan_parts(out, scratch, arguments.dry_run), deadline, write)
+    chosen = {"--layers": arguments.layers, "--device-memory": arguments.device_memory}
+    given = [
+        word
+        for option, value in chosen.items()
+        if value is not None
+        for word in (option, str(value))
+    ]
+    parts = plan_parts(out, scratch, arguments.dry_run, arguments.only, given)
+    outcomes = run_parts(parts, deadline, write)
     shutil.rmtree(scratch)
     failed = [outcome.name for outcome in outcomes if outcome.problem]
     took = time.monotonic() - clock

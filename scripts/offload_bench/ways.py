@@ -1,65 +1,27 @@
 """The ways to run a model that does not fit, each measured in a process of its own.
 
-Every function here imports what it needs itself: jax and torch must not share a process.
+Each yields what it has measured so far, line by line. Every function here imports what it needs
+itself: jax and torch must not share a process.
 """
 
 # ruff: noqa: PLC0415
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from offload_bench.task import Task, rate, warm_up
 
-ENGINE_WAYS = ("plan", "halves", "driven", "host", "stream", "fiddler")
-WAYS = (*ENGINE_WAYS, "transformers")
-PROMPT = 16  # tokens of a prompt that is then decoded
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What every way does with the same tokens.
-
-    Attributes:
-      folder: the checkpoint.
-      device_memory: the budget on the device.
-      vocab: token ids of prompts are below it.
-      prefill: lengths of prompts.
-      decode: tokens of each sequence in a decode run.
-      beams: how many sequences are decoded together, besides one alone.
-      repeats: runs whose median counts.
-    """
-
-    folder: Path
-    device_memory: str
-    vocab: int
-    prefill: tuple[int, ...]
-    decode: int
-    beams: tuple[int, ...]
-    repeats: int
-
-    def prompts(self, count: int, length: int) -> list[list[int]]:
-        """Random prompts, the same for every way."""
-        return np.random.default_rng(1).integers(0, self.vocab, (count, length)).tolist()
+# In the order of what they say: the planner, the rules and the library it is compared with, then
+# other forms of the planner.
+WAYS = ("plan", "stream", "host", "fiddler", "transformers", "driven", "halves")
+EXTRA = WAYS[5:]
+ENGINE_WAYS = tuple(way for way in WAYS if way != "transformers")
 
 
-# (prompts, tokens) -> seconds of prefill and of decoding so many tokens of each.
-Run = Callable[[list[list[int]], int], tuple[float, float]]
-
-
-def device() -> tuple[str, str]:
-    """Platform and kind of jax's first device."""
-    import jax
-
-    first = jax.devices()[0]
-    return first.platform, first.device_kind
-
-
-def measure_engine(way: str, task: Task) -> dict[str, Any]:
+def measure_engine(way: str, task: Task, device_memory: int) -> Iterator[dict[str, Any]]:
     """The engine, planned or by a simpler rule. Experts keep their places."""
     import moe_jax
     from moe_jax.placement.rules import fiddler
@@ -73,37 +35,47 @@ def measure_engine(way: str, task: Task) -> dict[str, Any]:
         options["missing_experts"] = way
     elif way == "fiddler":
         options["planner"] = fiddler
-    widest = max((1, *task.beams))
     engine = moe_jax.load(
         task.folder,
-        device_memory=task.device_memory,
-        max_tokens=max(max(task.prefill), widest * (PROMPT + task.decode)) + 16,
-        max_seqs=widest,
+        device_memory=device_memory,
+        max_tokens=task.max_tokens,
+        max_seqs=task.max_seqs,
         residency="static",
         progress=False,
         **options,
     )
 
-    def run(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+    def run(prompt: list[int], tokens: int, beams: int) -> tuple[float, float]:
         before = engine.stats
-        engine.generate(prompts, max_tokens=tokens + 1, ignore_eos=True)
+        engine.generate(prompt, max_tokens=tokens + 1, num_beams=beams, ignore_eos=True)
         spent = engine.stats.since(before)
         return spent.prefill_seconds, spent.decode_seconds
 
-    rates = _rates(task, run)
-    stats = engine.stats
-    return {
-        "way": way,
-        **rates,
-        "predicted_tokens_per_second": engine.plan.tokens_per_second,
-        "limit": engine.plan.limit,
-        "decode_error": stats.decode_error,
-        "prefill_error": stats.prefill_error,
-        "decode_times": asdict(stats.decode_times),
-        "prefill_times": asdict(stats.prefill_times),
-        "slots": engine.plan.memory.slots,
-        "stats": str(stats),
-    }
+    rates: dict[str, float] = {}
+    predicted: dict[str, float | None] = {}
+    for line in task.lines:
+        warm_up(line, task, run)
+        before = engine.stats
+        rates[line.name] = rate(line, task, run)
+        spent = engine.stats.since(before)
+        # Steps of one kind are alike, so that the rate was mispredicted as their time was.
+        times = spent.decode_times if line.decode else spent.prefill_times
+        ratio = times.measured / times.predicted if times.predicted else None
+        predicted[line.name] = ratio and ratio * rates[line.name]
+        stats = engine.stats
+        yield {
+            "way": way,
+            "tokens_per_second": dict(rates),
+            "predicted": dict(predicted),
+            "predicted_at_load": engine.plan.tokens_per_second,
+            "limit": engine.plan.limit,
+            "decode_error": stats.decode_error,
+            "prefill_error": stats.prefill_error,
+            "decode_times": asdict(stats.decode_times),
+            "prefill_times": asdict(stats.prefill_times),
+            "slots": engine.plan.memory.slots,
+            "stats": str(stats),
+        }
 
 
 def _packages(platform: str) -> list[str]:
@@ -121,7 +93,7 @@ def why_not_transformers(platform: str) -> str | None:
     return None
 
 
-def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
+def measure_transformers(task: Task, device_memory: int, platform: str) -> Iterator[dict[str, Any]]:
     """Transformers in bfloat16; on a GPU accelerate keeps there what the budget holds.
 
     The budget is for weights alone there, while the engine's holds its cache and activations too.
@@ -130,16 +102,17 @@ def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
     """
     import torch
     import transformers
+    from offload_bench.machine import host_bytes
 
-    from host_offload.memory import format_bytes, host_memory_bytes, parse_bytes
+    from host_offload.memory import format_bytes
 
     options: dict[str, Any] = {}
     on_gpu = platform == "gpu"
     if on_gpu:
         if not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} sees no GPU, jax does")
-        budget = parse_bytes(task.device_memory)
-        options = {"device_map": "auto", "max_memory": {0: budget, "cpu": host_memory_bytes()}}
+        most = {0: device_memory, "cpu": host_bytes()}
+        options = {"device_map": "auto", "max_memory": most}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         task.folder, dtype=torch.bfloat16, **options
     ).eval()
@@ -149,9 +122,11 @@ def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def run(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-        ids = torch.tensor(prompts, device="cuda:0" if on_gpu else "cpu")
+    def run(prompt: list[int], tokens: int, beams: int) -> tuple[float, float]:
+        ids = torch.tensor([prompt], device="cuda:0" if on_gpu else "cpu")
         with torch.inference_mode():
+            if beams > 1:
+                return search(ids, tokens, beams)
             start = clock()
             out = model(ids, use_cache=True, logits_to_keep=1)
             filled = clock()
@@ -160,7 +135,25 @@ def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
             return filled - start, clock() - filled
 
-    rates = _rates(task, run)
+    def search(ids: torch.Tensor, tokens: int, beams: int) -> tuple[float, float]:
+        marks = [clock()]
+
+        def mark(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            marks.append(clock())  # the first one comes when the prompt is there
+            return scores
+
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=beams,
+            do_sample=False,
+            min_new_tokens=tokens + 1,
+            max_new_tokens=tokens + 1,
+            pad_token_id=0,
+            logits_processor=transformers.LogitsProcessorList([mark]),
+        )
+        return marks[1] - marks[0], clock() - marks[1]
+
     where = "everything on the CPU"
     if on_gpu:
         placed: dict[Any, int] = {}
@@ -169,32 +162,18 @@ def measure_transformers(task: Task, platform: str) -> dict[str, Any]:
         # What accelerate fetches for each use has no device of its own: "meta".
         where = ", ".join(f"{format_bytes(size)} on {name}" for name, size in placed.items())
     packages = {name: metadata.version(name) for name in _packages(platform)}
-    return {
-        "way": "transformers",
-        **rates,
-        "predicted_tokens_per_second": None,
-        "decode_error": None,
-        "prefill_error": None,
-        "versions": packages,
-        "stats": f"{', '.join(f'{name} {v}' for name, v in packages.items())}; weights: {where}",
-    }
-
-
-def _rates(task: Task, run: Run) -> dict[str, Any]:
-    """Tokens per second of one sequence, of several together, and of prompts."""
-
-    def median(prompts: list[list[int]], tokens: int, phase: int) -> float:
-        run(prompts, tokens)  # compiles
-        return statistics.median(run(prompts, tokens)[phase] for _ in range(task.repeats))
-
-    def decode(count: int) -> float:
-        prompts = task.prompts(count, PROMPT)
-        return count * task.decode / median(prompts, task.decode, 1)
-
-    return {
-        "decode_tokens_per_second": decode(1),
-        "beams_tokens_per_second": {str(count): decode(count) for count in task.beams},
-        "prefill_tokens_per_second": {
-            str(length): length / median(task.prompts(1, length), 0, 0) for length in task.prefill
-        },
-    }
+    named = ", ".join(f"{name} {version}" for name, version in packages.items())
+    rates: dict[str, float] = {}
+    for line in task.lines:
+        warm_up(line, task, run)
+        rates[line.name] = rate(line, task, run)
+        yield {
+            "way": "transformers",
+            "tokens_per_second": dict(rates),
+            "predicted": {},
+            "predicted_at_load": None,
+            "decode_error": None,
+            "prefill_error": None,
+            "versions": packages,
+            "stats": f"{named}; weights: {where}",
+        }

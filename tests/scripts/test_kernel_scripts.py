@@ -292,6 +292,42 @@ def test_without_a_gpu_it_says_what_is_missing(start, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_are_chosen_by_kind_and_options_passed_on(tmp_path):
+    plan = lambda *more: gpu_check.plan_parts(tmp_path, tmp_path, False, *more)
+    assert [part.name for part in plan()] == [
+        "tests",
+        *(
+            f"{kind} {operation}"
+            for kind in ("tune", "bench")
+            for operation in gpu_check.OPERATIONS
+        ),
+        "orchestration",
+    ]
+    assert [part.name.split()[0] for part in plan(["bench", "tests"])] == ["tests"] + 2 * ["bench"]
+    (part,) = plan(["orchestration"], ["--layers", "8", "--device-memory", "9GB"])
+    assert part.command[-4:] == ["--layers", "8", "--device-memory", "9GB"]
+    # What is not asked for is chosen by the script: all ways, and layers for the time.
+    (part,) = plan(["orchestration"])
+    assert "--layers" not in part.command and "--ways" not in part.command
+
+
+def test_the_report_names_what_there_was_no_time_for():
+    measured = {
+        "shape": "tiny", "layers": 2, "whole_layers": 4, "layers_chosen_by": "time of 9 s",
+        "device_memory": "1 GiB", "budget_chosen_by": "24 GB by default", "device": "GPU",
+        "date": "today", "ways": ["plan", "stream"], "lines": ["decode"], "not_measured": [],
+        "rows": [{"way": "plan", "tokens_per_second": {"decode": 2.0}, "predicted": {},
+                  "predicted_at_load": 1.0, "decode_error": None, "prefill_error": None}],
+    }  # fmt: skip
+    result = {"benchmarks": {}, "versions": {"jax": "1"}, "device": "GPU", "date": "today"}
+    result |= {"command": "python gpu_check.py", "asked": ["orchestration"]}
+    text = gpu_check.report([], result | {"orchestration": measured})
+    assert "| plan | 2 |" in text and "* stream: not begun, the time is over" in text
+    assert "With more time: `--only orchestration --minutes 25`" in text
+    assert "No benchmark" not in text
+    assert "No result of the orchestration came back." in gpu_check.report([], result)
+
+
 def test_the_whole_command_in_small(start, tmp_path, capsys):
     code = start(gpu_check, "--out", tmp_path, "--dry-run", "--minutes", 4)
     assert code == 0, capsys.readouterr().out
@@ -302,7 +338,8 @@ def test_the_whole_command_in_small(start, tmp_path, capsys):
     assert len(result["tables"]) == 2 and all((tmp_path / t).exists() for t in result["tables"])
     text = (tmp_path / "gpu_check.md").read_text()
     assert "## paged_attention" in text and "| tiny down 4 tokens |" in text
-    assert "## offload" in text and "| host |" in text
-    assert [row["way"] for row in result["offload"]["rows"]] == ["host"]
+    assert "## orchestration" in text and "| host |" in text
+    (row,) = result["orchestration"]["rows"]
+    assert row["way"] == "host" and list(row["tokens_per_second"])[-1] == "2 beams"
     assert "passed" in (tmp_path / "tests.log").read_text()
     assert len(list(tmp_path.iterdir())) == 5  # a report in two forms, two operations, a log
