@@ -4,9 +4,10 @@ Knows numbers only; `load(expert_pieces=)` makes the engine run its experts so.
 
 An expert's output is the sum of what its pieces along ffn put out, and a piece is an expert with a
 narrower ffn. So pieces are planned as experts are, in the order of their experts: item
-e * count + i is piece i of expert e. The pieces of one expert have equal counts; a plan that
-streams a prefix, as `planner.plan_layer`'s do, therefore cuts one expert at most. Resident experts
-cost as much as whole ones: on a device all of them are one grouped product, however they are cut.
+e * count + i is piece i of expert e. The pieces of one expert have equal counts, so they follow one
+another in every order of `planner.plan_layer`; streaming a prefix of one, it cuts one expert at
+most. Resident experts cost as much as whole ones: on a device all of them are one grouped product,
+however they are cut.
 """
 
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.placement.curves import CostCurves
-from moe_jax.placement.planner import LayerPlan, Mode
+from moe_jax.placement.planner import LayerPlan, Mode, fiddler_streams
 
 
 @no_type_check  # jax rebuilds it with batched leaves in the fields
@@ -79,9 +79,8 @@ def fiddler(
     The host is taken to need so and so much per token, from its time for one token; streaming and
     computing on the device is taken as it is. Equal: host. Arguments as for `plan_layer`.
     """
-    one = jnp.ones((), jnp.int32)
-    linear = counts.astype(jnp.float32) * curves.host_seconds(one)
-    return _plan(counts, resident, curves, max_streams, linear > _streamed_alone(counts, curves))
+    wanted = fiddler_streams(counts, curves.device_seconds(counts), curves)
+    return _plan(counts, resident, curves, max_streams, wanted)
 
 
 def stream_all(
@@ -172,10 +171,6 @@ def _lines(parts: ResourceSeconds, curves: CostCurves) -> list[Float[Array, "*sh
         jnp.where(host_beside, waits, parts.host + waits),
         parts.memory,
     ]
-
-
-def _streamed_alone(counts: Int[Array, " experts"], curves: CostCurves) -> Float[Array, " experts"]:
-    return curves.link_latency + curves.stream + curves.device_seconds(counts)
 
 
 def _plan(
