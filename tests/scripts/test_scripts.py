@@ -37,6 +37,7 @@ def test_a_step_is_shown_for_another_machine(run, tmp_path):
 
 
 def test_a_timeline_is_drawn_into_a_new_folder(run, tmp_path):
+    pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "picture.svg"
     done = run("timeline.py", "--tokens", "1", "--layers", "1", "--out", str(out))
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,8 @@ def test_a_timeline_is_drawn_into_a_new_folder(run, tmp_path):
     ],
 )
 def test_a_timeline_is_refused_before_the_model_is_loaded(run, monkeypatch, options, message):
+    if "--out" in options:
+        pytest.importorskip("matplotlib")
     if "matplotlib" in message:
         monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     monkeypatch.setattr(moe_jax, "load", lambda *_, **__: pytest.fail("the model was loaded"))
