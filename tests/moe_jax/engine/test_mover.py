@@ -189,3 +189,10 @@ def test_the_last_step_can_be_shown(tiny):
     assert lanes.count("device") + lanes.count("host") == 4 and "link" not in lanes
     assert [span.layer for span in timeline.spans if span.expert < 0] == [0, 1, 2]
     assert "host   |" in str(timeline)
+
+
+def test_experts_change_places_where_misses_are_forced_to_the_host(tiny, expected):
+    engine = load(tiny, "lru", missing_experts="host")
+    assert np.isfinite(engine._observer.mover._costs.upload)
+    assert greedy(engine) == expected[0]
+    assert engine.stats.streamed == 0 and engine.stats.hosted > 0
