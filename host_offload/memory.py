@@ -7,6 +7,7 @@ import ctypes
 import ctypes.util
 import os
 import re
+from pathlib import Path
 from typing import Literal, no_type_check
 
 import jax
@@ -14,6 +15,16 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 MemoryKind = Literal["device", "pinned_host"]
+
+# The environment variable that tells XLA:GPU how many GB it may pin, where that is not 64.
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
+# Where Linux says what a process may use: its control group, and their folders by version.
+_OWN_GROUP = Path("/proc/self/cgroup")
+_GROUPS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+}
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1 << 10 * (i + 1) for i, prefix in enumerate("KMGT")}
@@ -103,12 +114,27 @@ def keep_freed_memory() -> None:
 
 
 def host_memory_bytes() -> int:
-    """The machine's physical memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """The machine's physical memory, or less where a container or a batch system allows less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_group_limits()])
+
+
+def _group_limits() -> list[int]:
+    """The limits of this process's control group and of those around it, where there are any."""
+    lines = _OWN_GROUP.read_text().splitlines() if _OWN_GROUP.exists() else []
+    files = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in _GROUPS:
+            base, name = _GROUPS[controllers]
+            # In a container the path may be one of the machine's, which is not to be seen here.
+            parts = path.strip("/").split("/")
+            files += [base.joinpath(*parts[:depth], name) for depth in range(len(parts) + 1)]
+    told = [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in told if text.isdigit()]
 
 
 def device_memory_bytes() -> int:
-    """What the first device may allocate; on the CPU backend the machine's physical memory.
+    """What the first device may allocate; on the CPU backend that is what the host has.
 
     Raises ValueError where the device does not tell.
     """

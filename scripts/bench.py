@@ -33,17 +33,23 @@ MOST_BY_NOISE = 1.05
 
 
 class Ours:
-    """The engine under test."""
+    """The engine under test, with a share of its experts resident or as the arguments say."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace, **options: Any):
+    def __init__(
+        self,
+        folder: Path,
+        arguments: argparse.Namespace,
+        resident: float | None = None,
+        **options: Any,
+    ):
         sizes = {"max_tokens": arguments.prefill + arguments.decode + 16, "max_seqs": 1}
         where: dict[str, Any] = {
             "device_memory": arguments.device_memory,
             "missing_experts": arguments.missing_experts,
         }
-        if options:  # every expert on the host
-            nothing = device_memory_for(folder, experts=0.0, **sizes)
-            where = {"device_memory": nothing, "missing_experts": "host", **options}
+        if resident is not None:
+            budget = device_memory_for(folder, experts=resident, **sizes)
+            where = {"device_memory": budget, **options}
         self.engine = moe_jax.load(folder, share_prefixes=False, **where, **sizes)
         self.decode_times: list[StepTimes] = []
 
@@ -138,10 +144,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     long = rng.integers(0, config["vocab_size"], arguments.prefill).tolist()
     short = long[:16]
     systems: dict[str, Any] = {"moe_jax": Ours(folder, arguments)}
+    hosted = {"missing_experts": "host"}
     if arguments.int8:
         systems |= {
-            "experts on host": Ours(folder, arguments, host_dtype=None),
-            "experts on host, int8": Ours(folder, arguments, host_dtype="int8"),
+            "experts on host": Ours(folder, arguments, 0.0, **hosted),
+            "experts on host, int8": Ours(folder, arguments, 0.0, **hosted, host_dtype="int8"),
+        }
+    if arguments.half:
+        systems |= {
+            "half on host, planned": Ours(folder, arguments, 0.5),
+            "half on host, forced to run there": Ours(folder, arguments, 0.5, **hosted),
         }
     print(systems["moe_jax"].engine.plan, end="\n\n", flush=True)
     if not arguments.skip_transformers:
@@ -302,6 +314,7 @@ def main() -> None:
     add("--device-memory", help="device budget (default: everything fits)")
     add("--missing-experts", default="auto", help="auto, stream or host")
     add("--int8", action="store_true", help="also all experts on the host, in bfloat16 and int8")
+    add("--half", action="store_true", help="also half of the experts on the host")
     add("--skip-transformers", action="store_true", help="measure only moe_jax")
     arguments = parser.parse_args()
     check(arguments)

@@ -22,7 +22,7 @@ from typing import Any
 
 from kernel_bench.report import today, versions, write_json
 from offload_bench.apart import Failure, run_apart
-from offload_bench.machine import Device, allow_pinning, device, host_bytes
+from offload_bench.machine import Device, allow_pinning, device
 from offload_bench.sizes import WHOLE_BUDGET, Limits, Sizes, choose_budget, choose_layers
 from offload_bench.table import TIME_IS_OVER, offload_table
 from offload_bench.task import Task
@@ -37,7 +37,7 @@ from offload_bench.ways import (
 )
 from random_checkpoint import SHAPES, config_of, write_checkpoint
 
-from host_offload.memory import format_bytes, parse_bytes
+from host_offload.memory import format_bytes, host_memory_bytes, parse_bytes
 
 
 def parse() -> argparse.Namespace:
@@ -76,7 +76,7 @@ def measured_layers(
     on_host = found.platform == "cpu"
     budget = arguments.device_memory or min(found.bytes, WHOLE_BUDGET)
     limits = Limits(
-        host_bytes=host_bytes(),
+        host_bytes=host_memory_bytes(),
         device_bytes=0 if on_host else parse_bytes(budget),
         disk_bytes=shutil.disk_usage(_existing(task.folder)).free,
         seconds=arguments.seconds,

@@ -22,18 +22,21 @@ def measure_costs(
     dtype: np.dtype,
     host_dtype: str | None = None,
     *,
+    driven: bool = False,
     recalibrate: bool = False,
     progress: bool = False,
 ) -> CostCurves:
     """What one expert of this model costs here on the host, over the link and on the device.
 
-    See `calibrate`. On a GPU the host and the link work beside the device. On a TPU only the link
-    does: no host call was ever scheduled beside device work there. On the CPU backend all is done
-    by the same cores, one thing after another, and a transfer is what the model's program takes
-    longer for an expert that it copies first.
+    See `calibrate`. On a GPU the host and the link work beside the device. On a TPU the host does
+    so only in layers that are `driven`: no call of a compiled one was ever scheduled beside device
+    work there. On the CPU backend all is done by the same cores, one thing after another.
     """
-    found = calibrate(config, dtype, host_dtype, recalibrate=recalibrate, progress=progress)
+    found = calibrate(
+        config, dtype, host_dtype, driven=driven, recalibrate=recalibrate, progress=progress
+    )
     backend = jax.default_backend()
+    host_beside = backend == "gpu" or (driven and backend != "cpu")
     return CostCurves(
         tokens=jnp.asarray(found.sizes, jnp.float32),
         host=jnp.asarray(found.host.seconds, jnp.float32),
@@ -42,7 +45,7 @@ def measure_costs(
         host_launch=jnp.float32(found.host_launch),
         link_latency=jnp.float32(found.link_latency),
         memory=jnp.float32(found.work_bytes / found.read_rate),
-        host_beside=jnp.float32(backend == "gpu"),
+        host_beside=jnp.float32(host_beside),
         link_beside=jnp.float32(backend != "cpu"),
     )
 
@@ -52,6 +55,7 @@ def calibrate(
     dtype: np.dtype,
     host_dtype: str | None = None,
     *,
+    driven: bool = False,
     recalibrate: bool = False,
     progress: bool = False,
 ) -> Calibration:
@@ -66,10 +70,12 @@ def calibrate(
     Args:
       dtype: of weights and activations.
       host_dtype: "int8" if the host's experts are kept in it; None: `dtype`.
+      driven: whether Python copies what is streamed. On the CPU backend a compiled layer takes many
+        times as long to copy an expert, and a transfer is what it takes longer for it.
       recalibrate: whether to measure again in any case.
       progress: whether to show a bar while measuring.
     """
-    timing = ExpertTiming(config, dtype, host_dtype)
+    timing = ExpertTiming(config, dtype, host_dtype, driven)
     key = calibration_cache.machine_key() | timing.key
     path = Path(calibration_cache.file_name(key))
     try:

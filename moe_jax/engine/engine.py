@@ -220,7 +220,9 @@ class Engine:
         with self._loop.paused():
             self._observer.after_other()
         return replace(
-            self._observer.monitor.stats(programs.traces, self._observer.mover.swaps),
+            self._observer.monitor.stats(programs.traces),
+            swapped=self._observer.mover.swaps,
+            failed_swaps=self._observer.mover.failures,
             prefetched=programs.prefetcher.begun,
             prefetched_useful=programs.prefetcher.useful,
             cached_tokens=self._loop.seating.cached_tokens,

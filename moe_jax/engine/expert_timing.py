@@ -63,12 +63,21 @@ class ExpertTiming:
     There are several groups of a few experts. A program takes one group; calls rotate over them,
     so that weights are as cold as in the model: all groups together are four times as large as the
     processor's caches, or have as many experts as the model.
+
+    Of layers that are `driven`, a streamed expert takes its transfer.
     """
 
-    def __init__(self, config: ModelConfig, dtype: np.dtype, host_dtype: str | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: np.dtype,
+        host_dtype: str | None = None,
+        driven: bool = False,
+    ):
         self.shapes, self.dtype = config.expert_shapes, np.dtype(dtype)
         self.activation, self.moe = config.activation, config.moe
         self.host_dtype = host_dtype
+        self.streams_in_program = jax.default_backend() == "cpu" and not driven
         numbers = sum(int(np.prod(shape)) for shape in self.shapes)
         self.bytes = int8_bytes(self.shapes) if host_dtype else numbers * self.dtype.itemsize
         enough = 4 * cache_bytes() // self.bytes + 1
@@ -103,6 +112,7 @@ class ExpertTiming:
             "dtype": self.dtype.name,
             "host_dtype": self.host_dtype,
             "activation": self.activation,
+            "streams_in_program": self.streams_in_program,
             "experts_timed": self.distinct * self.groups,
             "programs": _PROGRAMS,
         }
@@ -219,11 +229,8 @@ class ExpertTiming:
         return measure_transfers([group[: self.distinct] for group in groups], box)
 
     def _time_streamed(self, groups: list[tuple[Expert | Int8Expert, ...]], box: TimeBox) -> float:
-        """Seconds of a streamed expert of one token where nothing overlaps; elsewhere 0.
-
-        There the model's program takes many times as long as the copy alone.
-        """
-        if jax.default_backend() != "cpu":
+        """Seconds of a streamed expert of one token where the program copies it; elsewhere 0."""
+        if not self.streams_in_program:
             return 0.0
         # Of huge experts every repeat takes a second.
         return self._time(self._stream_program, groups, box, SIZES[0], fewest=1).median

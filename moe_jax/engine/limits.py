@@ -7,9 +7,7 @@ import os
 
 import jax
 
-from host_offload.memory import format_bytes, host_memory_bytes
-
-_PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+from host_offload.memory import PINNED_LIMIT, format_bytes, host_memory_bytes
 
 
 def check_limits(device_bytes: int, host_bytes: int, *, driven: bool) -> None:
@@ -37,28 +35,28 @@ def _check_kind(kind: str) -> None:
 
 def _check_shared_memory(device_bytes: int, host_bytes: int) -> None:
     """On the CPU backend both budgets are of the same memory."""
-    physical = host_memory_bytes()
-    if device_bytes + host_bytes > physical:
+    allowed = host_memory_bytes()
+    if device_bytes + host_bytes > allowed:
         raise ValueError(
-            f"this machine has {format_bytes(physical)} of memory, which on the CPU backend device "
-            f"and host share, and the model needs {format_bytes(device_bytes)} on the one and "
-            f"{format_bytes(host_bytes)} on the other; give host_dtype='int8' with a smaller "
+            f"this process may use {format_bytes(allowed)} of memory, which on the CPU backend "
+            f"device and host share, and the model needs {format_bytes(device_bytes)} on the one "
+            f"and {format_bytes(host_bytes)} on the other; give host_dtype='int8' with a smaller "
             "device_memory=, lower max_tokens= or max_seqs=, or use a smaller model"
         )
 
 
 def _check_pinned(needed: int) -> None:
     """XLA:GPU pins 64 GB at most unless told otherwise before it starts."""
-    given = os.environ.get(_PINNED_LIMIT, "64")
+    given = os.environ.get(PINNED_LIMIT, "64")
     try:
         limit = int(given) * 10**9
     except ValueError as error:
         raise ValueError(
-            f"the environment variable {_PINNED_LIMIT} must be a whole number of GB, got {given!r}"
+            f"the environment variable {PINNED_LIMIT} must be a whole number of GB, got {given!r}"
         ) from error
     if needed > limit:
         raise ValueError(
             f"{needed / 1e9:.0f} GB of experts go to pinned host memory, and XLA allows "
-            f"{limit / 1e9:.0f} GB; set the environment variable {_PINNED_LIMIT} to at least "
+            f"{limit / 1e9:.0f} GB; set the environment variable {PINNED_LIMIT} to at least "
             f"{needed // 10**9 + 1} before starting Python"
         )

@@ -36,7 +36,12 @@ from moe_jax.engine.sampler import Sampler
 from moe_jax.engine.seating import Seating
 from moe_jax.engine.sizing import plan_for, read_dtype
 from moe_jax.model.programs import Executor, Programs
-from moe_jax.placement.forced import MissingExperts, check_planner, force_planner
+from moe_jax.placement.forced import (
+    MissingExperts,
+    check_planner,
+    force_planner,
+    streaming_can_pay,
+)
 from moe_jax.placement.planner import Planner, plan_layer
 from moe_jax.placement.policies import Policy, policy_named
 
@@ -69,7 +74,7 @@ def load(
       path: a Hugging Face folder, or one written by `Engine.save`; None: the embedded model.
       device_memory: bytes, or text like "24GiB", that the model may use on the device; None: what
         the device reports. On the CPU backend it is a budget that is kept as if for a device.
-      host_memory: the same for experts in pinned host memory; None: the machine's memory.
+      host_memory: the same for experts in pinned host memory; None: what this process may use.
       dtype: "bfloat16" or "float32", of weights, activations and KV.
       host_dtype: "int8" keeps the experts that are not on the device in 8 bits, at half the bytes:
         faster wherever memory or link are the limit, and an approximation, in contrast to all
@@ -85,7 +90,7 @@ def load(
         out longer, the last of them is put back and computed again later, with the same tokens.
       missing_experts: how experts that are not on the device run: "auto" lets the planner choose
         per expert and step, "stream" always copies their weights over, "host" always computes
-        them on the CPU.
+        them on the CPU. Where streaming can never pay, as on the CPU backend, "auto" is "host".
       expert_pieces: how many equal parts along ffn each expert is kept in. With 2, half of an
         expert can be streamed while the host computes the other half, which helps where only two
         or three experts of a layer miss. Each piece gets the tokens of its expert, which takes
@@ -179,9 +184,13 @@ def load(
     )
     placed = place_experts(placement, config, memory)
     check_limits(memory.device_bytes_used, memory.host_bytes_used, driven=host is not None)
-    curves = measure_costs(config, weights_dtype, host_dtype, progress=progress)
+    curves = measure_costs(
+        config, weights_dtype, host_dtype, driven=executor == "driven", progress=progress
+    )
     if planner is not None:
         check_planner(planner, config.moe.num_experts, curves)
+    elif missing_experts == "auto" and not streaming_can_pay(curves):
+        missing_experts = "host"  # so that no program has to be ready for what it never does
     planner = force_planner(planner or plan_layer, missing_experts)
     receiver = ArrayReceiver(config, placed.slot_expert, weights_dtype, host_dtype, host)
     checkpoint.load(weights_dtype, receiver.sharding, receiver.receive, progress)

@@ -76,15 +76,14 @@ class Monitor:
                 totals = {name: getattr(self._totals, name) + more for name, more in added.items()}
                 self._totals = replace(self._totals, **totals)
 
-    def stats(self, traces: Counter, swaps: int) -> Stats:
-        """The totals so far."""
+    def stats(self, traces: Counter) -> Stats:
+        """The totals of what it was told so far."""
         self.catch_up()
         return replace(
             self._totals,
             prefill_error=self._corrections["prefill"].error,
             decode_error=self._corrections["decode"].error,
             traces=dict(traces),
-            swapped=swaps,
         )
 
     def dense_seconds(self, tokens: int) -> float:
@@ -123,7 +122,9 @@ class Monitor:
         }
         if phase == "decode":
             added["decode_tokens"] = step.sampled_tokens
-        if not any(report.compiled for report in reports):
+        if any(report.compiled for report in reports):
+            added["compiled_seconds"] = step.seconds
+        else:
             added[f"{phase}_times"] = self._compare(phase, reports, step.seconds)
         return added
 

@@ -36,7 +36,7 @@ class StepTimes:
     @property
     def exposed_waiting(self) -> float:
         """Predicted: seconds without work for the device, because link or host were still busy."""
-        return self.predicted - self.device
+        return max(0.0, self.predicted - self.device)  # without either, they differ by rounding
 
     @property
     def measured_less_device(self) -> float:
@@ -76,10 +76,12 @@ class Stats:
       decode_tokens: those of the sampled tokens that a step without any prompt gave.
       prefill_seconds, decode_seconds: wall-clock of steps with and without tokens of prompts,
         compilation included; a step that was started ahead counts from the end of the one before.
+      compiled_seconds: those of them that passed in steps for which a program was compiled.
       resident, streamed, hosted: expert executions by where the plan put them; one execution is
         one expert in one layer of one step, for however many tokens. Of experts that were cut, here
         and below, it is one piece.
       swapped: experts that changed places with a resident one, between steps.
+      failed_swaps: those that could not, for want of memory; they stay where they are.
       expert_bytes: bytes of one expert in host memory.
       prefetched: experts brought over for a layer before it was known that it needs them.
       prefetched_useful: those that it did need; they count as resident.
@@ -97,11 +99,13 @@ class Stats:
     restarts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    compiled_seconds: float = 0.0
     decode_tokens: int = 0
     resident: int = 0
     streamed: int = 0
     hosted: int = 0
     swapped: int = 0
+    failed_swaps: int = 0
     expert_bytes: int = 0
     prefetched: int = 0
     prefetched_useful: int = 0
@@ -171,10 +175,12 @@ class Stats:
     def __str__(self) -> str:
         return (
             f"prefill {self.prompt_tokens} tokens at {self.prefill_rate:.1f}/s, "
-            f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f}/s | experts: "
-            f"{self.resident} resident ({self.hit_rate:.0%}), {self.streamed} streamed, "
-            f"{self.hosted} on host, {self.swapped} swapped in | "
-            f"moved {format_bytes(self.bytes_streamed)} to the device, "
+            f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f}/s"
+            + self._compiled_text()
+            + f" | experts: {self.resident} resident ({self.hit_rate:.0%}), "
+            f"{self.streamed} streamed, {self.hosted} on host, {self.swapped} swapped in"
+            + self._failed_text()
+            + f" | moved {format_bytes(self.bytes_streamed)} to the device, "
             f"read {format_bytes(self.bytes_hosted)} on the host"
             + self._excess_text()
             + self._prefetch_text()
@@ -184,6 +190,14 @@ class Stats:
             + _times_text("prefill", self.prefill_times)
             + _times_text("decode", self.decode_times)
         )
+
+    def _compiled_text(self) -> str:
+        if not self.compiled_seconds:
+            return ""
+        return f", {self.compiled_seconds:.3g} s of it in steps that compiled a program"
+
+    def _failed_text(self) -> str:
+        return f", {self.failed_swaps} could not be" * bool(self.failed_swaps)
 
     def _excess_text(self) -> str:
         if self.plan_excess is None or not self.streamed + self.hosted:

@@ -58,6 +58,18 @@ def force(curves: CostCurves, missing_experts: MissingExperts) -> CostCurves:
             return replace(curves, stream=never(curves.stream))
 
 
+def streaming_can_pay(curves: CostCurves) -> bool:
+    """Whether it can ever be faster to stream a missing expert than to run it on the host.
+
+    Where link or host work beside the device, that depends on the step. Where all is done one after
+    the other, as on the CPU backend, the costs of a single expert tell.
+    """
+    if curves.host_beside or curves.link_beside:
+        return True
+    hosted = curves.host_launch + curves.host
+    return bool((curves.stream + curves.device < hosted).any())
+
+
 def check_planner(planner: Any, experts: int, curves: CostCurves) -> None:
     """Tries a planner on a layer in which every second expert is resident and each has a token.
 

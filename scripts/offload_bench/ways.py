@@ -102,16 +102,15 @@ def measure_transformers(task: Task, device_memory: int, platform: str) -> Itera
     """
     import torch
     import transformers
-    from offload_bench.machine import host_bytes
 
-    from host_offload.memory import format_bytes
+    from host_offload.memory import format_bytes, host_memory_bytes
 
     options: dict[str, Any] = {}
     on_gpu = platform == "gpu"
     if on_gpu:
         if not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} sees no GPU, jax does")
-        most = {0: device_memory, "cpu": host_bytes()}
+        most = {0: device_memory, "cpu": host_memory_bytes()}
         options = {"device_map": "auto", "max_memory": most}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         task.folder, dtype=torch.bfloat16, **options

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import bench_offload
 import random_checkpoint
-from offload_bench import machine, sizes, ways
+from offload_bench import sizes, ways
 from offload_bench.apart import Failure, run_apart
 from offload_bench.table import offload_table
 from offload_bench.task import PROMPT, Line, Task, rate, warm_up
@@ -326,16 +326,6 @@ def test_layers_and_budget_are_chosen_and_the_checkpoint_that_is_there_is_used(
     assert chosen["layers_chosen_by"].startswith("time of 60 s") and chosen["layers"] == 2
     # A model that would fit as a whole is measured as one that does not.
     assert chosen["budget_chosen_by"].startswith("for 67% of the experts")
-
-
-def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch):
-    files = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
-    monkeypatch.setattr(machine, "_LIMITS", files)
-    monkeypatch.setattr(machine, "host_memory_bytes", lambda: 1000)
-    assert machine.host_bytes() == 1000
-    files[0].write_text("max\n")
-    files[1].write_text("700\n")
-    assert machine.host_bytes() == 700
 
 
 def test_the_table_compares_the_ways():

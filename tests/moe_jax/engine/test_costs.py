@@ -87,8 +87,9 @@ def test_experts_of_another_kind_are_measured_for_themselves(config, scripted, f
     for each in (config, wider, other):
         calibrate(each, FLOAT32)
     calibrate(config, np.dtype(jnp.bfloat16))
-    assert scripted.measured == 4
-    assert len(list(folder.iterdir())) == 4
+    calibrate(config, FLOAT32, driven=True)
+    assert scripted.measured == 5
+    assert len(list(folder.iterdir())) == 5
 
 
 def test_measured_again_on_demand(config, scripted):
@@ -174,13 +175,21 @@ def test_what_was_inferred_is_said(config, scripted, caplog):
 
 
 @pytest.mark.parametrize(
-    "backend, host_beside, link_beside", [("cpu", 0, 0), ("gpu", 1, 1), ("tpu", 0, 1)]
+    "backend, driven, host_beside, link_beside",
+    [
+        ("cpu", False, 0, 0),
+        ("cpu", True, 0, 0),
+        ("gpu", False, 1, 1),
+        ("gpu", True, 1, 1),
+        ("tpu", False, 0, 1),
+        ("tpu", True, 1, 1),
+    ],
 )
 def test_curves_say_what_the_planner_needs(
-    config, scripted, monkeypatch, backend, host_beside, link_beside
+    config, scripted, monkeypatch, backend, driven, host_beside, link_beside
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    curves = measure_costs(config, FLOAT32)
+    curves = measure_costs(config, FLOAT32, driven=driven)
     assert curves.tokens.tolist() == list(SIZES)
     assert curves.host.tolist() == list(FOUND.host.seconds)
     assert curves.device.tolist() == list(FOUND.device.seconds)

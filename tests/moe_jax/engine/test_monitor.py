@@ -62,7 +62,7 @@ def test_work_is_predicted_by_resource_and_corrected_like_the_step():
     monitor = Monitor(MEMORY, CURVES)
     decode(monitor, 41.0)  # twice what the curves say: 3 + 17.5
     decode(monitor, 43.0)
-    times = monitor.stats(Counter(), 0).decode_times
+    times = monitor.stats(Counter()).decode_times
     assert vars(times) == pytest.approx(
         {
             "steps": 1,
@@ -76,7 +76,7 @@ def test_work_is_predicted_by_resource_and_corrected_like_the_step():
     )
     assert times.exposed_waiting == pytest.approx(2 * 15.5)
     assert times.measured_less_device == pytest.approx(43 - 10)
-    assert monitor.stats(Counter(), 0).exposed_waiting == pytest.approx(2 * 15.5)
+    assert monitor.stats(Counter()).exposed_waiting == pytest.approx(2 * 15.5)
 
 
 def test_steps_without_a_prediction_are_counted_but_not_compared():
@@ -85,10 +85,12 @@ def test_steps_without_a_prediction_are_counted_but_not_compared():
     decode(monitor, 41.0)
     decode(monitor, 41.0, tokens=2)  # the first of another kind
     monitor.after_other([report()])
-    stats = monitor.stats(Counter(), 0)
+    stats = monitor.stats(Counter())
     assert stats.decode_times == stats.prefill_times == StepTimes()
     assert (stats.resident, stats.streamed, stats.hosted) == (4, 4, 8)
     assert stats.decode_seconds == 582 and stats.predicted_seconds == 4 * 17.5
+    assert stats.compiled_seconds == 500
+    assert "/s, 500 s of it in steps that compiled a program | experts" in str(stats)
 
 
 def test_what_cannot_be_foreseen_is_not_compared():
@@ -96,14 +98,14 @@ def test_what_cannot_be_foreseen_is_not_compared():
     for _ in range(2):
         decode(monitor, 41.0)
     decode(monitor, 41.0, predicted=np.inf)
-    assert monitor.stats(Counter(), 0).decode_times.steps == 1
+    assert monitor.stats(Counter()).decode_times.steps == 1
 
 
 def test_a_prefill_of_several_chunks_is_one_step():
     monitor = Monitor(MEMORY, CURVES)
     for _ in range(2):
         monitor.after_step(StepTime(2, 2, 1, 41.0), [report(), report()])
-    stats = monitor.stats(Counter(), 0)
+    stats = monitor.stats(Counter())
     assert stats.prefill_times.steps == 1 and stats.decode_times.steps == 0
     assert stats.prefill_times.predicted == pytest.approx(41)
     assert stats.prefill_times.link == pytest.approx(2 * 4.25)
@@ -111,14 +113,14 @@ def test_a_prefill_of_several_chunks_is_one_step():
 
 def test_the_certificate_of_the_plans_that_ran():
     monitor = Monitor(MEMORY, CURVES)
-    assert monitor.stats(Counter(), 0).plan_excess is None
+    assert monitor.stats(Counter()).plan_excess is None
     decode(monitor, 41.0)
     decode(monitor, 41.0, predicted=14.0)
-    stats = monitor.stats(Counter(), 0)
+    stats = monitor.stats(Counter())
     assert stats.plan_excess == pytest.approx(31.5 / 28 - 1)
     assert "| plans within 12.5% of the best possible" in str(stats)
     decode(monitor, 41.0, predicted=np.inf)
-    assert "best possible" not in str(monitor.stats(Counter(), 0))
+    assert "best possible" not in str(monitor.stats(Counter()))
 
 
 def test_totals_of_a_part_and_the_text():

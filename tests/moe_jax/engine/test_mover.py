@@ -124,7 +124,8 @@ def test_a_swap_without_memory_ends_no_request(
     with monkeypatch.context() as patch:
         patch.setattr(swap_module, name, full)
         assert greedy(engine) == expected[0]
-    assert (engine._observer.mover.failures, engine.stats.swapped) == (1, 0)
+    assert (engine.stats.failed_swaps, engine.stats.swapped) == (1, 0)
+    assert "0 swapped in, 1 could not be | moved" in str(engine.stats)
     (record,) = caplog.records
     assert re.fullmatch(
         r"in layer \d expert \d could not replace expert \d, and both stay where they are; there "

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.engine import load as load_module
 from moe_jax.engine.arrays import arrays_by_target
 from moe_jax.engine.sizing import device_memory_for
 from moe_jax.model.experts import ExpertBank
@@ -54,7 +55,7 @@ def curves(tiny):
 
 @pytest.fixture(scope="module", params=[0.5, 0.25, 0.0], ids=["half", "one_per_layer", "none"])
 def offloaded(request, tiny):
-    engine = load(tiny, request.param)
+    engine = load(tiny, request.param, planner=plan_layer)  # ready for costs that a test gives
     slots = int(4 * request.param)
     assert engine.plan.memory.slots == (slots, 0, slots)
     return engine
@@ -97,6 +98,23 @@ def test_what_is_forced_holds_for_planners_that_want_the_other_way(
     _, streamed, hosted = executions(engine) - before
     assert (streamed > 0, hosted > 0) == (missing == "stream", missing == "host")
     assert np.isfinite(engine.plan.tokens_per_second) and engine.plan.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("transfer, can_pay", [(0.5, True), (2.0, False)])
+def test_programs_can_stream_where_that_can_pay(
+    tiny, everything_resident, curves, monkeypatch, transfer, can_pay
+):
+    """Where not, costs of another machine change nothing: nothing was compiled for it."""
+    serial = {"host_beside": jnp.float32(0), "link_beside": jnp.float32(0)}
+    costs = dataclasses.replace(curves["mixed"], stream=jnp.float32(transfer), **serial)
+    monkeypatch.setattr(load_module, "measure_costs", lambda *_, **__: costs)
+    engine = load(tiny, 0.5)
+    runner = engine._loop.runner
+    runner.model = dataclasses.replace(runner.model, curves=curves["stream"])
+    before = executions(engine)
+    assert greedy(engine) == everything_resident[1]
+    _, streamed, hosted = executions(engine) - before
+    assert (streamed > 0, hosted > 0) == (can_pay, not can_pay)
 
 
 def looks(counts, resident, curves):
