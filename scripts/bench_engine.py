@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 from bench import describe_machine
 from engine_bench.comparing import Row, Sizes
 from engine_bench.measures import (
@@ -115,6 +116,10 @@ def main() -> None:
     add("--running", type=int, default=Sizes.running, help="requests for the scheduler (64)")
     add("--out", type=Path, help="file for the JSON result")
     arguments = parser.parse_args()
+    for name in ("repeats", "tokens", "shared", "long_prompt", "running"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(arguments, name)}; choose 1 or more")
     sizes = Sizes(
         repeats=arguments.repeats,
         tokens=arguments.tokens,
@@ -144,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import jax
 from kernel_bench.alternatives import alternatives, as_it_is
 from kernel_bench.cases import Arrays, Case, cases, memory_budget
@@ -46,7 +47,10 @@ class Bench:
         self.out = Path(arguments.out) if arguments.out else None
         self.result: dict[str, Any] = {"rows": [], "skipped": [], "broken": {}, "running": None}
         if arguments.resume and self.out and self.out.exists():
-            self.result = json.loads(self.out.read_text())
+            try:
+                self.result = json.loads(self.out.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{self.out} is not JSON ({error}); move it away") from error
             self._leave_out_what_was_running()
         gib = arguments.memory_gib
         self.budget = int(gib * 2**30) if gib else memory_budget()
@@ -255,4 +259,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

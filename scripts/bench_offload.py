@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import command_line
 from kernel_bench.report import today, versions, write_json
 from offload_bench.apart import Failure, run_apart
 from offload_bench.machine import Device, allow_pinning, device
@@ -171,4 +172,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

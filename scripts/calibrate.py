@@ -10,6 +10,7 @@ import logging
 import sys
 from typing import Any
 
+import command_line
 import jax
 
 from host_offload.calibration import Calibration, fit_flat_then_linear
@@ -208,9 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

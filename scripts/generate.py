@@ -4,7 +4,8 @@ Without arguments: the embedded reference model, with room for about half of its
 """
 
 import argparse
-import sys
+
+import command_line
 
 import moe_jax
 from moe_jax.engine.load import reference_model_folder
@@ -84,9 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 from kernel_bench.report import (
     benchmark_table,
     markdown_table,
@@ -106,7 +107,8 @@ def run_part(part: Part, seconds: float) -> Outcome:
         code, problem = process.wait(timeout=seconds), None
     except subprocess.TimeoutExpired:
         code, problem = None, f"stopped after {seconds:.0f} s"
-    _kill_group(process)  # also what a part that has ended left behind
+    finally:
+        _kill_group(process)  # also what a part that has ended left behind
     reader.join(timeout=5)
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if code:
@@ -353,4 +355,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -5,9 +5,9 @@ others are fed one by one, as in decoding.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+import command_line
 import numpy as np
 
 import moe_jax
@@ -97,9 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

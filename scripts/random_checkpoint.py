@@ -6,11 +6,11 @@ time. OLMoE-1B-7B takes 13.8 GB of disk.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
@@ -186,9 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

@@ -11,6 +11,8 @@ import socket
 import sys
 from pathlib import Path
 
+import command_line
+
 import moe_jax
 from moe_jax.engine.load import reference_model_folder
 from moe_jax.engine.sizing import device_memory_for
@@ -131,9 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

@@ -11,11 +11,12 @@ into so many, each of which is streamed or runs on the host.
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import command_line
 
 from moe_jax.placement.caches import cache_residents, hit_rate
 from moe_jax.placement.curves import CostCurves
@@ -35,6 +36,7 @@ from moe_jax.placement.trace import RoutingTrace, load_trace, uniform_trace, zip
 
 PLANNERS = {"plan": plan_layer, "fiddler": fiddler, "stream": stream_all, "host": host_all}
 ITEMSIZE = 2  # bfloat16
+MADE_UP = {"zipf": zipf_trace, "uniform": uniform_trace}
 LABELS = ("machine", "model", "trace", "policy")
 HINDSIGHT = "static, hindsight"  # residents are those that turn out busiest
 
@@ -102,6 +104,7 @@ def parse() -> argparse.Namespace:
             machine_named(machine)
         for model, pieces in itertools.product(arguments.models, arguments.pieces):
             curves_of(MACHINES["h200"], MODELS[model], pieces)
+        check_names(arguments.trace)
         arguments.recorded = {Path(path).stem: load_trace(path) for path in arguments.trace}
         for name, trace in arguments.recorded.items():
             check_experts(name, trace, arguments.models)
@@ -121,6 +124,19 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--locality is {arguments.locality}; choose a probability, 0 to 1")
     if not arguments.device_gb > 0:
         raise ValueError(f"--device-gb is {arguments.device_gb}; choose more than 0")
+
+
+def check_names(paths: list[str]) -> None:
+    """Raises ValueError if two traces would have one name in the table."""
+    named: dict[str, str] = {}
+    for path in paths:
+        name = Path(path).stem
+        if name in MADE_UP:
+            raise ValueError(f"the trace {path} is called {name} as a made-up one is; rename it")
+        if name in named:
+            both = f"{named[name]} and {path}"
+            raise ValueError(f"the traces {both} are both called {name}; rename one")
+        named[name] = path
 
 
 def check_experts(name: str, trace: RoutingTrace, models: list[str]) -> None:
@@ -146,11 +162,9 @@ def traces(shape: Shape, arguments: argparse.Namespace) -> dict[str, RoutingTrac
         tokens=arguments.sequences,
         prompt=arguments.prompt,
         seed=arguments.seed,
+        locality=arguments.locality,
     )
-    found = {
-        "zipf": zipf_trace(**sizes, locality=arguments.locality),
-        "uniform": uniform_trace(**sizes, locality=arguments.locality),
-    }
+    found = {name: make(**sizes) for name, make in MADE_UP.items()}
     fitting = {n: t for n, t in arguments.recorded.items() if t.experts == shape.experts}
     return found | fitting
 
@@ -265,9 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

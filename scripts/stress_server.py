@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import command_line
+
 try:
     import openai
 except ModuleNotFoundError:
@@ -177,15 +179,13 @@ async def stress(url: str, arguments: argparse.Namespace) -> list[str]:
 def main() -> None:
     arguments = parse_arguments()
     with server(arguments.url) as url:
-        wrong = asyncio.run(stress(url, arguments))
+        try:
+            wrong = asyncio.run(stress(url, arguments))
+        except openai.APIError as error:
+            raise ValueError(f"the server at {url}: {error}") from error
     if wrong:
         sys.exit("\n".join(f"error: {text}" for text in wrong))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    command_line.run(main)

@@ -10,11 +10,11 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,7 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    command_line.run(main)

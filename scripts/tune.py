@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import jax
 from kernel_bench import tiles as kernel_tiles
 from kernel_bench.cases import Arrays, Case, cases, memory_budget
@@ -108,29 +109,32 @@ class Tuner:
         return {"microseconds": timing.seconds * 1e6, "spread": timing.spread}
 
 
-def merge_into_table(path: Path, key: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to a table, or replaces it; other entries stay.
+def read_entries(path: Path) -> dict[str, Any]:
+    """Returns the entries of a table, none if there is no file.
 
     Raises:
       ValueError: there is a file that is no table.
     """
-    entries = {}
-    if path.exists():
-        try:
-            entries = dict(json.loads(path.read_text())["entries"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a table ({error!r}); move it away") from error
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["entries"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a table ({error!r}); move it away") from error
+
+
+def merge_into_table(path: Path, key: str, entry: dict[str, Any]) -> None:
+    """Adds an entry to a table, or replaces it; other entries stay."""
+    entries = read_entries(path)
     head = {"device": device_kind(), "jax": jax.__version__, "date": today()}
     write_json(path, head | {"versions": versions(), "entries": entries | {key: entry}})
 
 
 def tuned_already(table: Path, since: str) -> set[str]:
     """Returns the names of the cases that a table has from this day on, with this jax."""
-    if not table.exists():
-        return set()
     return {
         entry.get("case", "")
-        for entry in json.loads(table.read_text())["entries"].values()
+        for entry in read_entries(table).values()
         if entry.get("date", "") >= since and entry.get("jax") == jax.__version__
     }
 
@@ -207,4 +211,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -15,12 +15,13 @@ They are made of the functions that the compiled executor is made of, and sum in
 Other layers run as one program, as there. While the link has nothing else to do, an expert may come
 over that the next layer will probably want (`moe_jax.model.prefetch`).
 
-On a GPU this has not run. What is known: a `switch` on a traced index blocks the launching thread
-until the device has drained, and here there is none; a transfer that Python starts is a DMA copy;
-the CPU client works asynchronously and has no limit on pinned memory. What is to be measured: how
-long the modes take to arrive, which is one round trip per layer; whether moving rows to the CPU
-client and its output back blocks Python (the output is waited for last); and how fast a transfer
-from the CPU client's memory is, which the driver has not pinned and may have to stage.
+On a GPU this has not run; its parts compile for a GPU and a TPU (`tests/offline`). What is known: a
+`switch` on a traced index blocks the launching thread until the device has drained, and here there
+is none; a transfer that Python starts is a DMA copy; the CPU client works asynchronously and has no
+limit on pinned memory. What is to be measured: how long the modes take to arrive, which is one
+round trip per layer; whether moving rows to the CPU client and its output back blocks Python (the
+output is waited for last); and how fast a transfer from the CPU client's memory is, which the
+driver has not pinned and may have to stage.
 """
 
 from collections import Counter

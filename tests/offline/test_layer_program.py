@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -13,80 +12,28 @@ pytest.importorskip("libtpu")
 pytest.importorskip("jax_plugins.xla_cuda13")
 
 from host_offload.host_compute import compiler_options
-from moe_jax.cache.paged_kv import LayerKv, storage_heads
-from moe_jax.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from moe_jax.model.experts import Expert, ExpertBank, LayerExperts
 from moe_jax.model.layer import extend_kv, run_layer
-from moe_jax.model.step import StepState
-from moe_jax.model.tally import Tally
-from moe_jax.model.weights import LayerWeights
-from moe_jax.placement.curves import CostCurves
-from tests.offline.compiler import (
-    array,
-    compile_for,
-    computations,
-    fetches,
-    host_calls,
-    kernels,
+from tests.offline.compiler import compile_for, computations, fetches, host_calls, kernels
+from tests.offline.layers import (
+    CONFIG,
+    EXPERT_BYTES,
+    EXPERTS,
+    WEIGHTS,
+    costs_and_tally,
+    dense_arguments,
+    expert_arguments,
 )
 
 pytestmark = pytest.mark.offline
-
-EXPERTS = 8
-CONFIG = ModelConfig(
-    family="mixtral",
-    vocab=320,
-    embed=512,
-    dense_ffn=32,
-    attention=AttentionConfig(heads=8, kv_heads=2, head_dim=64),
-    moe=MoEConfig(num_experts=EXPERTS, experts_per_token=2, ffn=1024),
-    rope=RopeConfig(),
-    moe_layers=(True,),
-    windows=(None,),
-    max_positions=64,
-)
-
 
 HALVES = replace(CONFIG, moe=CONFIG.moe.cut(2))
 SHARED = replace(CONFIG, moe=replace(CONFIG.moe, shared_ffn=1536))
 
 
-def dense_arguments(tokens, config):
-    """A layer's structure, and its parameters, pages, activations and step."""
-    i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
-    graph, state = nnx.split(nnx.eval_shape(lambda: LayerWeights(config, 0, jnp.dtype(bf16))))
-    parameters = jax.tree.map(lambda x: array(x.shape, x.dtype), nnx.to_pure_dict(state))
-    pages = array((64, 16, *storage_heads(2, 64)), bf16)
-    step = StepState(
-        valid=array((tokens,), jnp.bool_),
-        slot=array((tokens,), i32),
-        cos=array((tokens, 32), f32),
-        sin=array((tokens, 32), f32),
-        query_starts=array((2,), i32),
-        kv_lengths=array((1,), i32),
-        block_tables=array((1, 64), i32),
-    )
-    return graph, parameters, LayerKv(pages, pages), array((tokens, 512), bf16), step
-
-
 def compile_layer(target, tokens, slots, config, **flags):
     """One layer, `slots` of its experts resident, the others in pinned host memory."""
-    i32, f32, bf16 = jnp.int32, jnp.float32, jnp.bfloat16
     graph, parameters, kv, x, step = dense_arguments(tokens, config)
-    count, (gate_up, down) = config.moe.num_experts, config.expert_shapes
-    bank = ExpertBank(array((slots, *gate_up), bf16), array((slots, *down), bf16))
-    host = Expert(array(gate_up, bf16, "pinned_host"), array(down, bf16, "pinned_host"))
-    experts = LayerExperts(bank if slots else (), (host,) * (count - slots), array((count,), i32))
-    scalar, curve = array((), f32), array((3,), f32)
-    curves = CostCurves(
-        tokens=curve,
-        host=curve,
-        device=curve,
-        stream=scalar,
-        host_launch=scalar,
-        link_latency=scalar,
-        memory=scalar,
-    )
+    curves, tally = costs_and_tally(config)
 
     def layer(parameters, experts, kv, x, step, curves, tally):
         weights = nnx.merge(graph, parameters)
@@ -103,13 +50,9 @@ def compile_layer(target, tokens, slots, config, **flags):
             max_query_length=tokens,
         )
 
-    tally = Tally(layer=array((), i32), rows=array((1, 3 * count + 2), f32))
+    experts = expert_arguments(slots, config)
     arguments = parameters, experts, kv, x, step, curves, tally
     return compile_for(target, layer, *arguments, donated=(2, 3, 6), **flags)
-
-
-WEIGHTS = tuple(f"bf16[{rows},{columns}]" for rows, columns in CONFIG.expert_shapes)
-EXPERT_BYTES = 2 * sum(rows * columns for rows, columns in CONFIG.expert_shapes)
 
 
 @functools.cache

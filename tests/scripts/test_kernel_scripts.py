@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - the scripts lie beside each other, not in a package
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -283,6 +284,20 @@ def test_no_part_can_end_the_others(tmp_path, monkeypatch, capsys):
     text = gpu_check.report(outcomes, result | {"command": "python gpu_check.py"})
     assert "| crash | signal 6: so far |" in text and "| good | ok |" in text
     assert "No benchmark of paged_attention came back." in text
+
+
+def test_an_interrupt_ends_the_part_that_runs(monkeypatch):
+    started = []
+
+    def interrupted(process, timeout):
+        started.append(process)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check.subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_part(python_part("endless", "import time; time.sleep(1000)"), 60)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_without_a_gpu_it_says_what_is_missing(start, tmp_path, monkeypatch, capsys):

@@ -4,14 +4,50 @@ import importlib
 import json
 import sys
 import tempfile
+from unittest.mock import Mock
 
 import pytest
 
 import moe_jax
 from tests.scripts.conftest import SCRIPTS
 
+COMMANDS = sorted({path.name for path in SCRIPTS.glob("*.py")} - {"command_line.py"})
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(SCRIPTS.glob("*.py"))])
+
+@pytest.fixture
+def end(monkeypatch):
+    """What the interpreter is told when this is the outcome of a script's main."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def end(outcome):
+        with pytest.raises(SystemExit) as raised:
+            importlib.import_module("command_line").run(Mock(side_effect=[outcome]))
+        return raised.value.code
+
+    return end
+
+
+@pytest.mark.parametrize(
+    "outcome, code",
+    [
+        (None, None),
+        (3, 3),
+        (SystemExit("FAILS"), "FAILS"),
+        (ValueError("--layers is 0"), "error: --layers is 0"),
+        (FileNotFoundError(2, "No such file", "a"), "error: [Errno 2] No such file: 'a'"),
+        (KeyboardInterrupt(), "\ninterrupted"),
+    ],
+)
+def test_a_script_ends_with_its_own_code_or_one_line(end, outcome, code):
+    assert end(outcome) == code
+
+
+def test_a_defect_keeps_its_traceback(end):
+    with pytest.raises(TypeError):
+        end(TypeError())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_it_does(run, name):
     done = run(name, "--help")
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr

@@ -84,8 +84,10 @@ def test_an_address_that_is_taken():
 
 
 def test_without_the_extra():
-    code = "import runpy, sys; sys.modules['uvicorn'] = None; runpy.run_path(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(SCRIPTS / "serve.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    code = "import runpy, sys; sys.modules['uvicorn'] = None; runpy.run_path('serve.py')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=SCRIPTS, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1
     assert "error: uvicorn is not installed; pip install 'moe-jax[serve]'" in done.stderr

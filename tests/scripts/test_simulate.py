@@ -67,6 +67,21 @@ def test_a_trace_of_no_chosen_model_is_refused(run, tmp_path, experts, advice):
     ) in done.stderr
 
 
+@pytest.mark.parametrize(
+    "paths, message",
+    [
+        (
+            ["a/x.npz", "y.npz", "b/x.npz"],
+            "the traces a/x.npz and b/x.npz are both called x; rename one",
+        ),
+        (["a/zipf.npz"], "the trace a/zipf.npz is called zipf as a made-up one is; rename it"),
+    ],
+)
+def test_traces_of_one_name_are_refused_before_any_is_read(run, paths, message):
+    done = run("simulate.py", "--trace", *paths)  # none of these files exists
+    assert done.returncode == 2 and message in done.stderr
+
+
 @pytest.mark.parametrize("most, moves", [(["--most-per-step", "0"], False), ([], True)])
 def test_olmoe_is_replayed_and_its_experts_stay_if_none_may_move(run, tmp_path, most, moves):
     options = ["--models", "olmoe-1b-7b", "--device-gb", "8", "--machines", "rtx4090"]
