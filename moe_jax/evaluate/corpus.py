@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 # A tenth of the modules: those whose hashed name leaves this remainder.
 _PARTS, _HELD_OUT_PART = 10, 3
+_NO_SOURCE = "holds no Python source file; give a standard library's folder"
 _SKIPPED = re.compile(r"(^|/)(site-packages|__pycache__|lib-dynload)/|^(config-|_sysconfigdata)")
 # Names that do not lead to their module by the rules of `module_name`.
 _ALIASES = {
@@ -102,7 +103,7 @@ def read_library(source: pathlib.Path | None = None) -> list[Document]:
         if text.strip():
             documents.append(Document(path=path, text=text))
     if not documents:
-        raise ValueError(f"{source} holds no Python source file; give a standard library's folder")
+        raise ValueError(f"{source} {_NO_SOURCE}")
     return documents
 
 
@@ -116,11 +117,15 @@ def pack_library(folders: Sequence[pathlib.Path], archive: pathlib.Path) -> int:
     """Writes several library folders as one compressed tar file; returns its bytes.
 
     A later folder adds only the modules that the earlier ones lack.
+
+    Raises ValueError, before anything is written, for a folder without Python source files.
     """
     files: dict[str, bytes] = {}
     for folder in folders:
         known = {module_name(path) for path in files}
         new = _read_folder(folder)
+        if not new:
+            raise ValueError(f"{folder} {_NO_SOURCE}")
         files |= {path: new[path] for path in new if module_name(path) not in known}
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path, content in sorted(files.items()):

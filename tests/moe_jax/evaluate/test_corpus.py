@@ -80,6 +80,15 @@ def test_an_archive_holds_what_the_folders_hold_and_later_ones_add_modules_only(
     assert found == {"imp.py": "old\n", "json/a.py": "new\n", "re/__init__.py": "new\n"}
 
 
+def test_a_folder_without_source_files_is_not_packed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    archive = tmp_path / "library.tar.xz"
+    for name in ("empty", "missing"):
+        with pytest.raises(ValueError, match=rf"{name} holds no Python source file; give a"):
+            pack_library([tmp_path / name], archive)
+    assert not archive.exists()
+
+
 def test_this_pythons_library_is_split_without_a_leak():
     training, held_out = split_documents(read_library())
     known = {module_name(document.path) for document in training}
