@@ -285,9 +285,7 @@ def table(result: dict[str, Any]) -> str:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for what would fail after a checkpoint was written, or minutes later."""
-    for name in ("prefill", "decode", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; choose 1 or more")
+    command_line.check_least(arguments, prefill=1, decode=1, repeats=1)
     ways = ("auto", "stream", "host")
     if arguments.missing_experts not in ways:
         raise ValueError(

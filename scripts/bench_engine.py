@@ -116,10 +116,7 @@ def main() -> None:
     add("--running", type=int, default=Sizes.running, help="requests for the scheduler (64)")
     add("--out", type=Path, help="file for the JSON result")
     arguments = parser.parse_args()
-    for name in ("repeats", "tokens", "shared", "long_prompt", "running"):
-        if getattr(arguments, name) < 1:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {getattr(arguments, name)}; choose 1 or more")
+    command_line.check_least(arguments, repeats=1, tokens=1, shared=1, long_prompt=1, running=1)
     sizes = Sizes(
         repeats=arguments.repeats,
         tokens=arguments.tokens,

@@ -141,9 +141,7 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=2000, help="plans per run (2000)")
     parser.add_argument("--repeats", type=int, default=7, help="runs (7)")
     arguments = parser.parse_args()
-    for name in ("plans", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; choose 1 or more")
+    command_line.check_least(arguments, plans=1, repeats=1)
     print(f"jax {jax.__version__} on {jax.default_backend()}\n")
     print("| experts | choices | tokens | microseconds per plan |\n|---|---|---|---|")
     for experts, choices in ((8, 2), (64, 8), (128, 8), (512, 10)):

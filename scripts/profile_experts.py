@@ -76,8 +76,7 @@ def main() -> None:
             f"--prompt is {arguments.prompt}; choose 0 or more, less than --piece, which is "
             f"{arguments.piece}"
         )
-    if arguments.tokens < 1:
-        raise ValueError(f"--tokens is {arguments.tokens}; choose 1 or more")
+    command_line.check_least(arguments, tokens=1)
     text, out = read_text(arguments.text), Path(arguments.out)
     if out.suffix != ".npz":
         raise ValueError(f"--out is {out}; choose a name that ends in .npz")

@@ -115,11 +115,7 @@ def parse() -> argparse.Namespace:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises ValueError for an option that is out of range, or NaN."""
-    for name, least in LEAST.items():
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value}; choose {least} or more")
+    command_line.check_least(arguments, **LEAST)
     if not 0 <= arguments.locality <= 1:
         raise ValueError(f"--locality is {arguments.locality}; choose a probability, 0 to 1")
     if not arguments.device_gb > 0:

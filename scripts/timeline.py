@@ -40,9 +40,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises ValueError for a count below 1, without matplotlib and for an unknown kind of picture,
     and OSError if there can be no such folder.
     """
-    for name in ("tokens", "layers", "embed", "ffn"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; choose 1 or more")
+    command_line.check_least(arguments, tokens=1, layers=1, embed=1, ffn=1)
     if not arguments.out:
         return
     try:

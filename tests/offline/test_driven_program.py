@@ -3,6 +3,7 @@
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -38,7 +39,7 @@ PARTS = ("route", "device", "stream", "mix")
 class Part:
     """One program of a layer, its arguments, and which of them are donated."""
 
-    function: functools.partial
+    function: Callable
     arguments: tuple
     donated: tuple[int, ...] = ()
 
@@ -66,12 +67,12 @@ def parts(tokens):
             (experts.resident, rows, routed.where),
         ),
         "stream": Part(
-            functools.partial(program._run_stream.__wrapped__),
+            program._run_stream.__wrapped__,
             (one, number, rows, routed.where, output),
             (4,),
         ),
         "mix": Part(
-            functools.partial(program._run_mix.__wrapped__),
+            program._run_mix.__wrapped__,
             (parameters, x, output, output, routed),
             (1,),
         ),
